@@ -1,0 +1,88 @@
+"""A model that two CPU cores train from scratch, and the family of sizes around it.
+
+  regionjax train configs/tiny.py --workdir runs/tiny
+  regionjax train configs/tiny.py:scale=0.5,region=text,seed=1 --workdir runs/small-text
+
+Arguments: `scale` multiplies every width (0.25, 0.5, 1, 2, 4; depth grows by its cube root),
+`region` is one of regionjax.config.REGION_KINDS, `seed` seeds the initialisation and the data,
+`steps` is the length of the run. The learning rate falls as 1/sqrt(scale).
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from regionjax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  DecoderConfig,
+  ModelConfig,
+  PromptConfig,
+  SourceConfig,
+  TrainConfig,
+  VisionConfig,
+  to_dict,
+)
+from regionjax.config_files import parse_arg
+
+
+def model(scale: float, region: str) -> ModelConfig:
+  """The tiny preset with its widths multiplied by `scale`; heads keep their width above 1."""
+  if not 0 < scale <= 16:
+    raise ConfigError(f"scale={scale}: expected a factor between 0 and 16, e.g. 0.5")
+  base = ModelConfig.tiny(region)
+  if scale == 1:
+    return base
+
+  def scaled(value: float) -> int:
+    return max(8, round(value * scale / 8) * 8)
+
+  def depth(value: int) -> int:
+    return max(2, round(value * scale ** (1 / 3)))
+
+  vision, decoder, encoder = base.vision, base.decoder, base.region
+  heads = max(1, round(2 * scale))  # both have two heads at scale 1
+  head_dim = scaled(decoder.width / heads)
+  layers = depth(vision.layers)
+  if encoder.features:
+    encoder = dataclasses.replace(
+      encoder,
+      layers=tuple(max(1, round(k * layers / vision.layers)) for k in encoder.layers),
+      width=scaled(encoder.width),
+      position_width=scaled(encoder.position_width),
+      token_width=scaled(encoder.token_width),
+    )
+  return dataclasses.replace(
+    base,
+    name=f"tiny_x{scale:g}",
+    vision=VisionConfig.tiny(
+      width=heads * scaled(vision.width / heads),
+      layers=layers,
+      heads=heads,
+      mlp_width=scaled(vision.mlp_width),
+    ),
+    decoder=DecoderConfig.tiny(
+      width=heads * head_dim,
+      layers=depth(decoder.layers),
+      heads=heads,
+      kv_heads=heads,
+      head_dim=head_dim,
+      mlp_width=scaled(decoder.mlp_width),
+    ),
+    region=encoder,
+  )
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  options = parse_arg(arg, {"scale": 1.0, "region": "pool", "seed": 0, "steps": 1000})
+  config = Config(
+    name=f"tiny_x{options.scale:g}_{options.region.replace('+', '_')}_s{options.seed}",
+    model=model(options.scale, options.region),
+    prompt=PromptConfig(template="plain", coordinates="unit2"),
+    data=DataConfig(sources=(SourceConfig("scenes"),), seed=options.seed),
+    train=TrainConfig(
+      steps=options.steps, seed=options.seed, learning_rate=1e-3 / options.scale**0.5
+    ),
+  )
+  return ConfigDict(to_dict(config))

@@ -1,0 +1,7 @@
+"""`python -m regionjax` is `regionjax`."""
+
+import sys
+
+from regionjax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,327 @@
+"""Frozen dataclasses that say everything about a run, and the way into them from a ConfigDict.
+
+`configs/*.py` return an `ml_collections.ConfigDict` (so that any field can be overridden on the
+command line); `from_dict` turns it into the dataclasses below and refuses unknown keys, naming the
+nearest known ones. Nothing past that boundary sees a ConfigDict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+REGION_KINDS = ("none", "text", "pool", "pyramid", "pool+text", "pyramid+text")
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be run; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """A CLIP-style vision transformer. Sizes in pixels, widths in channels."""
+
+  image_size: int | tuple[int, int] = 224  # pixels; an int is square, a pair is (height, width)
+  patch_size: int = 14
+  width: int = 1024
+  layers: int = 24
+  heads: int = 16
+  mlp_width: int = 4096
+  activation: str = "quick_gelu"  # quick_gelu | gelu | relu
+  eps: float = 1e-5
+  select_layer: int = -2  # hidden state that becomes the image tokens (0 = after pre-layernorm)
+  mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+  std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+  @property
+  def image_hw(self) -> tuple[int, int]:
+    s = self.image_size
+    return (s, s) if isinstance(s, int) else (int(s[0]), int(s[1]))
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Patches per column and per row, (h, w)."""
+    h, w = self.image_hw
+    return h // self.patch_size, w // self.patch_size
+
+  @property
+  def tokens(self) -> int:
+    """Patch tokens of one image, class token not counted."""
+    h, w = self.grid
+    return h * w
+
+  @property
+  def blocks_used(self) -> int:
+    """Blocks that run: those after `select_layer` are never needed."""
+    return self.select_layer if self.select_layer >= 0 else self.layers + 1 + self.select_layer
+
+  @classmethod
+  def clip_vit_l14(cls, **kw: Any) -> VisionConfig:
+    return cls(**kw)
+
+  @classmethod
+  def tiny(cls, **kw: Any) -> VisionConfig:
+    defaults: dict[str, Any] = dict(
+      image_size=128, patch_size=16, width=128, layers=4, heads=2, mlp_width=512,
+      activation="relu", select_layer=-1, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+    )  # fmt: skip
+    return cls(**(defaults | kw))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorConfig:
+  kind: str = "linear"  # linear | mlp (two layers, GELU between: LLaVA-1.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionConfig:
+  """How a region enters the language model.
+
+  `kind` is one of REGION_KINDS. `pool` and `pyramid` fill one slot token per region with features;
+  `text` writes the region's coordinates into the prompt; `a+text` does both; `none` does neither
+  (the region is only named).
+  """
+
+  kind: str = "pyramid"
+  layers: tuple[int, ...] = (14, 17, 20, 23)  # hidden states read, shallowest first
+  width: int = 1024  # channels of the maps (pyramid) or of the hidden layer (pool)
+  output_size: int = 14  # RoIAlign bins per side
+  sampling_ratio: int = 2
+  upsample: tuple[int, ...] = (8, 4, 2, 1)  # pyramid: grid multiple of each level
+  rounds: int = 5  # pyramid: scale-shuffle rounds
+  groups: int = 64  # pyramid: GroupNorm groups
+  position_width: int = 256  # hidden width of the position MLP
+  token_width: int = 1024  # pyramid: width after flatten_linear
+
+  @classmethod
+  def tiny(cls, kind: str = "pool") -> RegionConfig:
+    if kind.startswith("pyramid"):
+      return cls(
+        kind=kind, layers=(1, 2, 3, 4), width=48, output_size=4, upsample=(4, 2, 1, 1),
+        rounds=2, groups=8, position_width=64, token_width=128,
+      )  # fmt: skip
+    return cls(kind=kind, layers=(1, 4), width=192, output_size=2, position_width=64)
+
+  @property
+  def features(self) -> str | None:
+    """'pool', 'pyramid' or None: what fills the region slot."""
+    head = self.kind.split("+")[0]
+    return head if head in ("pool", "pyramid") else None
+
+  @property
+  def text(self) -> bool:
+    """Whether coordinates are written into the prompt."""
+    return self.kind.endswith("text")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """A LLaMA-family decoder."""
+
+  vocab_size: int = 32006  # rows that mean something; see vocab_multiple
+  vocab_multiple: int = 1  # rows are padded to this multiple and their logits masked
+  width: int = 4096
+  layers: int = 32
+  heads: int = 32
+  kv_heads: int = 32
+  head_dim: int = 128
+  mlp_width: int = 11008
+  activation: str = "silu"  # silu | gelu | relu, inside the gated MLP
+  rope_base: float = 10000.0
+  eps: float = 1e-6
+  tie_embeddings: bool = False
+  max_length: int = 2048
+
+  @property
+  def padded_vocab(self) -> int:
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+  @classmethod
+  def llama_7b(cls, **kw: Any) -> DecoderConfig:
+    return cls(**kw)
+
+  @classmethod
+  def llama_13b(cls, **kw: Any) -> DecoderConfig:
+    return cls(**(dict(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824) | kw))
+
+  @classmethod
+  def tiny(cls, **kw: Any) -> DecoderConfig:
+    defaults: dict[str, Any] = dict(
+      vocab_size=1024, width=160, layers=3, heads=2, kv_heads=2, head_dim=80, mlp_width=416,
+      activation="relu", tie_embeddings=True, max_length=512,
+    )  # fmt: skip
+    return cls(**(defaults | kw))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  name: str = "gpt4roi_7b"
+  vision: VisionConfig = VisionConfig()
+  connector: ConnectorConfig = ConnectorConfig()
+  region: RegionConfig = RegionConfig()
+  decoder: DecoderConfig = DecoderConfig()
+  compute_dtype: str = "bfloat16"
+  remat: str = "none"  # none | full | dots: what the backward pass recomputes in each layer
+  scan_layers: bool = True
+
+  def __post_init__(self) -> None:
+    if self.region.kind not in REGION_KINDS:
+      raise ConfigError(
+        f"region.kind={self.region.kind!r}: expected one of {', '.join(REGION_KINDS)}"
+      )
+
+  @classmethod
+  def gpt4roi_7b(cls) -> ModelConfig:
+    return cls(name="gpt4roi_7b")
+
+  @classmethod
+  def gpt4roi_13b(cls) -> ModelConfig:
+    return cls(name="gpt4roi_13b", decoder=DecoderConfig.llama_13b())
+
+  @classmethod
+  def chatspot_7b(cls) -> ModelConfig:
+    return cls(name="chatspot_7b", region=RegionConfig(kind="text"))
+
+  @classmethod
+  def tiny(cls, region: str = "pool") -> ModelConfig:
+    """The preset that two CPU cores train from scratch (see configs/tiny.py for why these sizes)."""
+    return cls(
+      name="tiny",
+      vision=VisionConfig.tiny(),
+      connector=ConnectorConfig("linear"),
+      region=RegionConfig.tiny(region),
+      decoder=DecoderConfig.tiny(),
+      compute_dtype="float32",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+  """How an Example becomes text and ids."""
+
+  template: str = "vicuna_v0"  # vicuna_v0 | vicuna_v1 | chatml | plain
+  tokenizer: str = "tiny"  # 'tiny' (shipped in the package) or a folder with tokenizer files
+  mention: str = "name+slot"  # name+slot: `region1 <bbox>` (GPT4RoI); slot: `<bbox>` alone
+  coordinates: str = "unit3"  # a name of regions.FORMATS; unit3 is ChatSpot's `0.123`
+  max_vertices: int = 8  # polygons and masks written as text are simplified to this many points
+  mask: str = "answer"  # answer: the answer and its stop string; gpt4roi: the original's mask
+  image_prefix: str = ""  # put before the first turn's text; '{image:0}' stands for the image
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+  name: str = "scenes"
+  weight: float = 1.0
+  args: typing.Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+  resize: str = "chatspot"  # a name of images.RESIZE_RULES
+  rows: int = 8  # packed rows in the global batch
+  tokens_per_row: int = 512  # image and region slots included
+  images_per_row: int = 2
+  regions_per_row: int = 24
+  packing_bins: int = 8  # rows that stay open at once
+  workers: int = 0  # processes that decode images; 0 decodes in the training process
+  prefetch: int = 4  # batches decoded ahead
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  steps: int = 1000
+  seed: int = 0
+  trainable: tuple[str, ...] = (".*",)  # regexes on parameter paths; the rest is frozen
+  init_from: str = ""  # a release folder to start from
+  learning_rate: float = 1e-3
+  schedule: str = "cosine"  # cosine | wsd
+  warmup_steps: int = 100
+  decay_fraction: float = 0.2  # wsd: share of the steps that decays to zero
+  weight_decay: float = 0.0
+  beta1: float = 0.9
+  beta2: float = 0.95
+  adam_eps: float = 1e-8
+  clip_norm: float = 1.0
+  accumulate: int = 1  # microbatches per step, each of data.rows rows / accumulate
+  eval_every: int = 500
+  eval_examples: int = 256
+  save_every: int = 500
+  keep: int = 2
+  log_every: int = 10
+  stop_after_minutes: float = 0.0  # 0: no limit; else the schedule ends when the time is up
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run."""
+
+  name: str = "tiny"
+  model: ModelConfig = ModelConfig()
+  prompt: PromptConfig = PromptConfig()
+  data: DataConfig = DataConfig()
+  train: TrainConfig = TrainConfig()
+
+
+def to_dict(config: Any) -> Any:
+  """Dataclass -> plain dicts, lists and scalars, fit for JSON and for ConfigDict."""
+  if dataclasses.is_dataclass(config) and not isinstance(config, type):
+    return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+  if isinstance(config, (tuple, list)):
+    return [to_dict(v) for v in config]
+  if isinstance(config, typing.Mapping):
+    return {k: to_dict(v) for k, v in config.items()}
+  return config
+
+
+def from_dict(cls: type[T], values: Any, path: str = "") -> T:
+  """Plain dicts (or a ConfigDict) -> dataclass.
+
+  Raises:
+    ConfigError: an unknown key (near matches are named) or a value of the wrong type.
+  """
+  hints = typing.get_type_hints(cls)
+  known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+  kwargs = {}
+  for key, value in dict(values).items():
+    where = f"{path}{key}"
+    if key not in known:
+      near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.5)
+      hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+      raise ConfigError(f"unknown config key {where!r}; {hint}")
+    kwargs[key] = _coerce(hints[key], value, where)
+  return cls(**kwargs)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    if isinstance(value, hint):
+      return value
+    if isinstance(value, str) or not hasattr(value, "items"):
+      raise ConfigError(f"{where}: expected a group of settings, got {value!r}")
+    return from_dict(hint, value, where + ".")
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):
+    for arg in args:
+      try:
+        return _coerce(arg, value, where)
+      except ConfigError:
+        continue
+    raise ConfigError(f"{where}: expected {hint}, got {value!r}")
+  if origin is tuple:
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+      raise ConfigError(f"{where}: expected a list, got {value!r}")
+    return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if hint in (int, float, str, bool):
+    if type(value) is not hint:
+      raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+  return dict(value) if hasattr(value, "items") else value

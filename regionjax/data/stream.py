@@ -1,0 +1,219 @@
+"""The text-only half of the pipeline: draw, template, tokenise, pack.
+
+Every host runs this same stream over all rows of the global batch and takes its own rows out of the
+result, so the stream's position is one small value for any number of hosts: the next draw index,
+the draw indices that wait in open rows, and the counters of the report. Nothing else is remembered;
+what waits in open rows is drawn and tokenised again when a state is restored.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from regionjax.config import Config, ConfigError, to_dict
+from regionjax.data.errors import DataError
+from regionjax.data.mixing import Draw, Mixture
+from regionjax.data.packing import FirstFit, OpenRow, Size
+
+if TYPE_CHECKING:
+  from regionjax.conversation import Encoded, Renderer
+
+log = logging.getLogger(__name__)
+
+# So many draws in a row without one that fits a row: the limits are wrong, not the examples.
+HOPELESS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """An example on its way into a row."""
+
+  draw: Draw
+  encoded: Encoded
+
+  @property
+  def size(self) -> Size:
+    e = self.encoded
+    return Size(len(e.ids), len(e.image_slots), len(e.region_slots))
+
+
+class Rejected(Exception):
+  """An example that no row can hold or that teaches nothing; `args` are (reason, message)."""
+
+
+def encode_draw(draw: Draw, renderer: Renderer, capacity: Size) -> Item:
+  """Tokenises a draw so that it fits a row of its own, dropping whole turns where necessary.
+
+  Raises:
+    Rejected: it doesn't fit even so ('tokens', 'images', 'regions'), or nothing of what is left is
+      supervised ('unsupervised').
+    DataError: the example cannot be rendered at all.
+  """
+  try:
+    encoded = renderer.encode(draw.example, max_length=capacity.tokens)
+  except ValueError as error:
+    try:
+      renderer.encode(draw.example)
+    except ValueError as other:
+      raise DataError(f"{draw.label}: {other}") from other
+    # It can be written down, so its length was what the first error is about.
+    raise Rejected("tokens", f"{draw.label}: {error}") from error
+  item = Item(draw, encoded)
+  limit = item.size.over(capacity)
+  if limit is not None:
+    raise Rejected(
+      limit,
+      f"{draw.label} takes {getattr(item.size, limit)} {limit}, a row holds "
+      f"{getattr(capacity, limit)} (data.{limit}_per_row)",
+    )
+  if not encoded.mask.any():
+    raise Rejected("unsupervised", f"{draw.label} has no supervised answer")
+  return item
+
+
+def check_layout(config: Config, host: int, hosts: int) -> None:
+  """Refuses numbers that no batch can be made of (ConfigError)."""
+  data = config.data
+  if hosts < 1 or not 0 <= host < hosts:
+    raise ConfigError(f"host {host} of {hosts}: expected 0 <= host < hosts")
+  if data.rows % hosts:
+    raise ConfigError(
+      f"data.rows={data.rows} cannot be shared by {hosts} hosts; make it a multiple of {hosts}"
+    )
+  least = {
+    "rows": 1, "tokens_per_row": 2, "images_per_row": 0, "regions_per_row": 0, "packing_bins": 1,
+    "workers": 0, "prefetch": 1, "seed": 0,
+  }  # fmt: skip
+  for name, low in least.items():
+    if getattr(data, name) < low:
+      raise ConfigError(f"data.{name}={getattr(data, name)}: expected at least {low}")
+
+
+def row_capacity(config: Config) -> Size:
+  """What one row of the batches of this config holds."""
+  data = config.data
+  return Size(data.tokens_per_row, data.images_per_row, data.regions_per_row)
+
+
+class RowStream:
+  """Endless global batches of packed rows, still without pixels.
+
+  Args:
+    mixture: where draws come from.
+    renderer: encodes an example (see `conversation.Renderer`).
+    config: its `data` part says how rows are packed; all that shapes an example's ids is recorded
+      in the state.
+  """
+
+  def __init__(self, mixture: Mixture, renderer: Renderer, config: Config):
+    self.capacity = row_capacity(config)
+    self._mixture = mixture
+    self._renderer = renderer
+    self._rows = config.data.rows
+    self._identity = _identity(config, renderer, mixture)
+    self._packer: FirstFit[Item] = FirstFit(self.capacity, config.data.packing_bins)
+    self._next = 0
+    self._counts: collections.Counter[str] = collections.Counter()
+    self._warned: set[str] = set()
+
+  def next_batch(self) -> list[list[Item]]:
+    """The next `config.rows` closed rows.
+
+    Raises:
+      DataError: an example cannot be read or rendered, or none of a thousand in a row fits.
+    """
+    rows: list[list[Item]] = []
+    misses = 0
+    while len(rows) < self._rows:
+      draw = self._mixture[self._next]
+      self._next += 1
+      try:
+        item = encode_draw(draw, self._renderer, self.capacity)
+      except Rejected as rejected:
+        misses += 1
+        self._reject(rejected, misses)
+        continue
+      misses = 0
+      self._counts["draws." + draw.source] += 1
+      asked = sum(t.role == "assistant" and t.supervise for t in draw.example.turns)
+      self._counts["truncated"] += len(item.encoded.answers) < asked
+      closed = self._packer.add(item, item.size)
+      if closed is not None:
+        rows.append(closed.items)
+        self._count(closed)
+    self._counts["batches"] += 1
+    return rows
+
+  def state(self) -> dict[str, Any]:
+    """The position after the last batch; JSON-able, a copy."""
+    return {
+      "next": self._next,
+      "open": [[item.draw.index for item in row.items] for row in self._packer.open],
+      "counts": dict(self._counts),
+      "stream": copy.deepcopy(self._identity),
+    }
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Continues from `state`.
+
+    Raises:
+      DataError: the state is of a stream with other settings; the message names them.
+    """
+    ours, theirs = self._identity, dict(state["stream"])
+    other = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    if other:
+      changes = "; ".join(f"{k} was {theirs.get(k)!r}, is {ours.get(k)!r}" for k in other)
+      raise DataError(
+        f"the saved data state belongs to other data settings ({changes}); restore them, or start "
+        "the data from the beginning"
+      )
+    rows = []
+    for indices in state["open"]:
+      try:
+        items = [encode_draw(self._mixture[i], self._renderer, self.capacity) for i in indices]
+      except Rejected as rejected:
+        raise DataError(
+          f"the sources have changed since the data state was saved: {rejected.args[1]}"
+        ) from rejected
+      rows.append([(item, item.size) for item in items])
+    self._packer.restore(rows)
+    self._next = int(state["next"])
+    self._counts = collections.Counter(state["counts"])
+
+  def _count(self, row: OpenRow[Item]) -> None:
+    self._counts["rows"] += 1
+    self._counts["examples"] += len(row.items)
+    self._counts["answers"] += sum(len(item.encoded.answers) for item in row.items)
+    self._counts["targets"] += sum(int(item.encoded.mask.sum()) for item in row.items)
+    for name, used in row.used._asdict().items():
+      self._counts[name] += used
+
+  def _reject(self, rejected: Rejected, misses: int) -> None:
+    reason, message = rejected.args
+    self._counts["skipped." + reason] += 1
+    if reason not in self._warned:
+      self._warned.add(reason)
+      log.warning("skipped: %s; more of this kind are only counted", message)
+    if misses >= HOPELESS:
+      raise DataError(
+        f"{misses} examples in a row had to be skipped, the last one because {message}"
+      )
+
+
+def _identity(config: Config, renderer: Renderer, mixture: Mixture) -> dict[str, Any]:
+  """What must be equal for a saved position to mean the same rows; JSON-able."""
+  names = ("rows", "tokens_per_row", "images_per_row", "regions_per_row", "packing_bins", "seed")
+  identity = {name: getattr(config.data, name) for name in names}
+  identity["sources"] = to_dict(config.data.sources)
+  identity["source lengths"] = mixture.lengths
+  identity["prompt"] = to_dict(config.prompt)
+  identity["tokenizer"] = renderer.tokenizer.fingerprint
+  identity["region.kind"] = config.model.region.kind
+  identity["vision.tokens"] = config.model.vision.tokens
+  # As JSON gives it back: a state from a file compares equal to one that never left memory.
+  return json.loads(json.dumps(identity))

@@ -1,0 +1,268 @@
+"""Image files to pixels, safely, and pixels to the model's input by a named rule.
+
+| rule | what it does | whose |
+|---|---|---|
+| chatspot | squash to the size, bicubic with antialiasing | ChatSpot (square resize, no pad) |
+| gpt4roi | shortest edge bicubic, then the long side bilinear without antialiasing | GPT4RoI's demo |
+| hf | shortest edge bicubic, then the square in the middle | Hugging Face's CLIP processor |
+| letterbox | fit inside, bicubic, and pad evenly with the mean colour | |
+
+Every rule also returns the ImageTransform that carries regions along: `Region.transform(t)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Formats whose decoders are pure decoders: PIL would also run Ghostscript on an EPS file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
+MAX_PIXELS = 64_000_000  # 192 MB decoded; a 60000 x 60000 header would ask for 10.8 GB
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+
+
+class ImageError(ValueError):
+  """An image that cannot be used; the message gives the cause and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransform:
+  """Where a resize rule put the image: xy_new = xy * scale + offset, both frames normalised.
+
+  Attributes:
+    scale: (x, y).
+    offset: (x, y).
+    size: (width, height) of the result in pixels.
+  """
+
+  scale: tuple[float, float]
+  offset: tuple[float, float]
+  size: tuple[int, int]
+
+
+Rule = Callable[[np.ndarray, tuple[int, int], Sequence[float]], tuple[np.ndarray, ImageTransform]]
+
+
+def decode(source: str | Path | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+  """Reads an image file: uint8 [height, width, 3] RGB, upright by its EXIF orientation.
+
+  Transparency is laid on white, 16-bit values are scaled by 1/257, CMYK is converted without its
+  colour profile, and of an animation the first frame is taken.
+
+  Args:
+    source: path, encoded bytes, or a binary file.
+    max_pixels: images with more are refused from their header, before anything is decoded.
+
+  Raises:
+    ImageError: missing, empty, not an image, truncated, too large, or of an unreadable kind.
+  """
+  name = f"image {str(source)!r}" if isinstance(source, (str, Path)) else "image"
+  data = _read(source, name)
+  if not data:
+    raise ImageError(f"{name}: the file is empty (0 bytes); copy or download it again")
+  try:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    raise ImageError(f"{name}: too many pixels ({error}). {_shrink(max_pixels)}") from error
+  except Exception as error:  # decoders raise SyntaxError, struct.error, ... on odd headers
+    raise ImageError(
+      f"{name}: {len(data)} bytes that aren't a readable image ({type(error).__name__}); expected "
+      f"one of {', '.join(FORMATS)}. Open it in a viewer and save it as PNG or JPEG"
+    ) from error
+  width, height = image.size
+  if width * height > max_pixels:
+    raise ImageError(
+      f"{name}: {width} x {height} = {width * height / 1e6:.0f} million pixels. "
+      f"{_shrink(max_pixels)}"
+    )
+  try:
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    pixels = _to_rgb(image, name)
+  except ImageError:
+    raise
+  except Exception as error:  # likewise, on damaged data
+    raise ImageError(
+      f"{name}: {width} x {height} {image.format or ''} whose data is truncated or damaged "
+      f"({error}); copy or download it again"
+    ) from error
+  return np.ascontiguousarray(pixels)
+
+
+def _shrink(max_pixels: int) -> str:
+  return f"At most {max_pixels / 1e6:.0f} million are read; make it smaller, or raise max_pixels"
+
+
+def _read(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
+  if isinstance(source, (bytes, bytearray, memoryview)):
+    return bytes(source)
+  if not isinstance(source, (str, Path)):
+    return source.read()
+  if str(source).startswith(("http://", "https://")):
+    raise ImageError(f"{name}: is a web address; download it and give the file")
+  try:
+    return Path(source).read_bytes()
+  except FileNotFoundError as error:
+    raise ImageError(f"{name}: no such file (looked in {Path.cwd()}); check the path") from error
+  except (OSError, ValueError) as error:
+    raise ImageError(f"{name}: cannot be read ({error}); expected an image file") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
+  if image.mode.startswith("I"):  # 16 bits; PIL's own conversion would clip at 255
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+      raise ImageError(
+        f"{name}: 32-bit integers beyond 0..65535 have no agreed scale; save it with 8 or 16 bits"
+      )
+    grey = ((values + 128) // 257).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+  if image.mode == "F":
+    raise ImageError(f"{name}: floating-point pixels have no agreed scale; save it with 8 bits")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+  return np.asarray(image.convert("RGB"))
+
+
+def preprocess(
+  image_u8: np.ndarray,
+  *,
+  rule: str,
+  size_hw: tuple[int, int],
+  mean: Sequence[float],
+  std: Sequence[float],
+) -> tuple[np.ndarray, ImageTransform]:
+  """Resizes by a named rule and normalises.
+
+  Args:
+    image_u8: uint8 [height, width, 3] RGB, as `decode` gives.
+    rule: a name of RESIZE_RULES.
+    size_hw: (height, width) of the result; square for 'gpt4roi' and 'hf'.
+    mean, std: per channel, of values in [0, 1].
+
+  Returns:
+    float32 [height, width, 3], (value / 255 - mean) / std, and where the image went.
+
+  Raises:
+    ImageError: an unknown rule, not an RGB image, or one too long and thin for the rule.
+  """
+  if rule not in RESIZE_RULES:
+    raise ImageError(f"resize rule {rule!r}: expected one of {', '.join(RESIZE_RULES)}")
+  if image_u8.ndim != 3 or image_u8.shape[2] != 3 or image_u8.dtype != np.uint8:
+    raise ImageError(
+      f"expected uint8 pixels [height, width, 3], got {image_u8.dtype} {list(image_u8.shape)}"
+    )
+  if 0 in image_u8.shape:
+    raise ImageError(f"expected an image with pixels, got {list(image_u8.shape)}")
+  pixels, transform = RESIZE_RULES[rule](image_u8, size_hw, mean)
+  scale = 1 / (255 * np.asarray(std, np.float64))
+  shift = np.asarray(mean, np.float64) / np.asarray(std, np.float64)
+  return pixels * scale.astype(np.float32) - shift.astype(np.float32), transform
+
+
+def squash(
+  image_u8: np.ndarray, size_hw: tuple[int, int], mean: Sequence[float] = CLIP_MEAN
+) -> tuple[np.ndarray, ImageTransform]:
+  """'chatspot': PIL bicubic (antialiased) to the size whatever the aspect ratio."""
+  h, w = size_hw
+  return _bicubic(image_u8, h, w), ImageTransform((1.0, 1.0), (0.0, 0.0), (w, h))
+
+
+def shortest_edge_squash(
+  image_u8: np.ndarray, size_hw: tuple[int, int], mean: Sequence[float] = CLIP_MEAN
+) -> tuple[np.ndarray, ImageTransform]:
+  """'gpt4roi': what GPT4RoI does to VCR, LLaVA and demo images.
+
+  CLIP's processor with its crop switched off, then torch's bilinear (align_corners=False, no
+  antialiasing) of the long side. It resamples the normalised image; normalising is affine and
+  bilinear weights sum to 1, so doing it before or after gives the same.
+  """
+  side = _square(size_hw, "gpt4roi")
+  pixels = _shortest_edge(image_u8, side, "gpt4roi")
+  pixels = _bilinear(_bilinear(pixels, side, axis=0), side, axis=1)
+  return pixels, ImageTransform((1.0, 1.0), (0.0, 0.0), (side, side))
+
+
+def shortest_edge_crop(
+  image_u8: np.ndarray, size_hw: tuple[int, int], mean: Sequence[float] = CLIP_MEAN
+) -> tuple[np.ndarray, ImageTransform]:
+  """'hf': Hugging Face's CLIPImageProcessor with its defaults."""
+  side = _square(size_hw, "hf")
+  pixels = _shortest_edge(image_u8, side, "hf")
+  height, width = pixels.shape[:2]
+  top, left = (height - side) // 2, (width - side) // 2
+  transform = ImageTransform(
+    (width / side, height / side), (-left / side, -top / side), (side, side)
+  )
+  return pixels[top : top + side, left : left + side], transform
+
+
+def letterbox(
+  image_u8: np.ndarray, size_hw: tuple[int, int], mean: Sequence[float] = CLIP_MEAN
+) -> tuple[np.ndarray, ImageTransform]:
+  """'letterbox': the whole image, undistorted, centred on the mean colour."""
+  h, w = size_hw
+  height, width = image_u8.shape[:2]
+  ratio = min(h / height, w / width)
+  new_h, new_w = max(round(height * ratio), 1), max(round(width * ratio), 1)
+  top, left = (h - new_h) // 2, (w - new_w) // 2
+  canvas = np.empty((h, w, 3), np.float32)
+  canvas[:] = np.asarray(mean, np.float32) * 255
+  canvas[top : top + new_h, left : left + new_w] = _bicubic(image_u8, new_h, new_w)
+  return canvas, ImageTransform((new_w / w, new_h / h), (left / w, top / h), (w, h))
+
+
+RESIZE_RULES: dict[str, Rule] = {
+  "chatspot": squash,
+  "gpt4roi": shortest_edge_squash,
+  "hf": shortest_edge_crop,
+  "letterbox": letterbox,
+}
+
+
+def _bicubic(image_u8: np.ndarray, height: int, width: int) -> np.ndarray:
+  if image_u8.shape[:2] == (height, width):
+    return image_u8.astype(np.float32)
+  resized = Image.fromarray(image_u8).resize((width, height), Image.Resampling.BICUBIC)
+  return np.asarray(resized).astype(np.float32)
+
+
+def _shortest_edge(image_u8: np.ndarray, side: int, rule: str) -> np.ndarray:
+  height, width = image_u8.shape[:2]
+  long = int(side * max(height, width) / min(height, width))  # Hugging Face rounds down
+  if long * side > MAX_PIXELS:
+    raise ImageError(
+      f"resize rule {rule!r}: a {width} x {height} image would become {long} x {side} pixels on "
+      "the way; crop it, or use the rule 'chatspot' or 'letterbox'"
+    )
+  new_h, new_w = (long, side) if height > width else (side, long)
+  return _bicubic(image_u8, new_h, new_w)
+
+
+def _bilinear(pixels: np.ndarray, n: int, *, axis: int) -> np.ndarray:
+  """torch.nn.functional.interpolate(mode='bilinear', align_corners=False) along one axis."""
+  length = pixels.shape[axis]
+  if length == n:
+    return pixels
+  at = np.maximum((np.arange(n) + 0.5) * (length / n) - 0.5, 0)
+  low = at.astype(np.intp)
+  weight = (at - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+  a = np.take(pixels, low, axis=axis)
+  b = np.take(pixels, np.minimum(low + 1, length - 1), axis=axis)
+  return a + (b - a) * weight
+
+
+def _square(size_hw: tuple[int, int], rule: str) -> int:
+  if size_hw[0] != size_hw[1]:
+    raise ImageError(
+      f"resize rule {rule!r} makes squares, asked for {size_hw[0]} x {size_hw[1]} (height x "
+      "width); use the rule 'chatspot' or 'letterbox' for other shapes"
+    )
+  return size_hw[0]

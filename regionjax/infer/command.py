@@ -1,0 +1,223 @@
+"""`regionjax chat`: ask about regions of an image on the command line.
+
+  regionjax chat photo.jpg --box 40,30,210,180 --ask "What is <region1>?"
+  regionjax chat photo.jpg --box 40,30,90,80 --point 150,60 \\
+      --ask "What is <region1>?" --ask "Is <region1> larger than <region2>?" --save card.png
+  regionjax chat photo.jpg --mask dog.png
+
+Regions are numbered as they stand on the command line. Without --ask a prompt opens, at which
+`box 10,20,90,80` and its like add regions and everything else is a question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from regionjax.conversation import user_to_internal
+from regionjax.infer.chat import (
+  MAX_NEW_TOKENS,
+  Answer,
+  RegionChat,
+  Session,
+  load,
+  mention_the_only,
+  read_image,
+)
+from regionjax.infer.regions_input import KINDS, parse_region
+from regionjax.infer.sampling import Sampling
+from regionjax.regions import Region
+
+HELP = """\
+  box x1,y1,x2,y2    adds a region; likewise point x,y / polygon x1,y1,... / scribble / mask FILE.png
+  regions            lists the regions
+  save FILE.png      writes the image with its regions and this dialogue
+  new                starts a new dialogue about the same image
+  quit               leaves (or Ctrl-D)
+Everything else is a question. <region1> in it is the first region."""
+
+
+class _Append(argparse.Action):
+  """Collects --box, --point, ... into one list, in the order of the command line."""
+
+  def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001
+    kind = (option_string or "").lstrip("-")
+    namespace.regions = [*(namespace.regions or []), (kind, values)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of `regionjax chat`."""
+  parser.description = __doc__
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  parser.add_argument("image", type=Path, help="any JPEG, PNG, ... file")
+  for kind, form in KINDS.items():
+    parser.add_argument(
+      f"--{kind}", action=_Append, dest="regions", metavar=form, help=f"adds a {kind}; repeatable"
+    )
+  parser.add_argument(
+    "--normalized",
+    action="store_true",
+    help="coordinates are shares of the image's sides (0 to 1); by default they are pixels",
+  )
+  parser.add_argument("--ask", action="append", metavar="TEXT", help="a question; repeatable")
+  parser.add_argument("--checkpoint", default="tiny", help="a release folder (default: shipped)")
+  parser.add_argument("--save", type=Path, metavar="FILE.png", help="picture of the dialogue")
+  parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+  parser.add_argument("--top-p", type=float, default=1.0, help="nucleus, in (0, 1]")
+  parser.add_argument("--seed", type=int, default=0, help="of the draws at temperature > 0")
+  parser.add_argument(
+    "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="an answer is cut there"
+  )
+
+
+def run(args: argparse.Namespace) -> int:
+  """Runs `regionjax chat`; all input is checked before the model is loaded."""
+  sampling = Sampling(args.temperature, args.top_p, args.seed)
+  if args.max_new_tokens < 1:
+    raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
+  image = read_image(args.image)
+  size = (image.shape[1], image.shape[0])
+  regions = [
+    parse_region(kind, text, size=size, normalized=args.normalized)
+    for kind, text in args.regions or []
+  ]
+  if args.save is not None:
+    _check_writable(args.save)
+  if args.ask:
+    # Each region is mentioned somewhere and each mention has a region, or nothing is asked at all.
+    text = mention_the_only("\n".join(args.ask), range(1, len(regions) + 1))
+    user_to_internal(text, len(regions))
+  chat = load(args.checkpoint)
+  console = Console(chat, image, regions, sampling=sampling, max_new_tokens=args.max_new_tokens)
+  if args.ask:
+    for question in args.ask:
+      print(f"> {question}")
+      console.ask(question)
+  else:
+    console.loop(normalized=args.normalized)
+  if args.save is not None:
+    console.save(args.save)
+  return 0
+
+
+class Console:
+  """A dialogue on a terminal."""
+
+  def __init__(
+    self,
+    chat: RegionChat,
+    image: np.ndarray,
+    regions: Sequence[Region],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+  ) -> None:
+    self._chat, self._image = chat, image
+    self._sampling, self._max_new_tokens = sampling, max_new_tokens
+    self._session = self._start(regions)
+
+  def _start(self, regions: Sequence[Region]) -> Session:
+    session = self._chat.start(self._image)
+    session.add(regions)
+    return session
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """(width, height) of the image."""
+    return self._image.shape[1], self._image.shape[0]
+
+  def ask(self, text: str) -> None:
+    """Asks, and prints the answer as it comes."""
+    shown, answer = "", Answer("")
+    for answer in self._session.stream(
+      text,
+      temperature=self._sampling.temperature,
+      top_p=self._sampling.top_p,
+      seed=self._sampling.seed,
+      max_new_tokens=self._max_new_tokens,
+    ):
+      print(answer.text.removeprefix(shown), end="", flush=True)
+      shown = answer.text
+    print(" ... (cut; see --max-new-tokens)" if answer.finish == "length" else "")
+    for region in answer.regions:
+      print(f"  = {describe(region, self.size)}")
+
+  def loop(self, *, normalized: bool) -> None:
+    """Reads commands and questions until the end of the input."""
+    print(f"Image of {self.size[0]} x {self.size[1]} pixels. `help` lists the commands.")
+    for number, region in enumerate(self._session.regions, 1):
+      print(f"<region{number}> is {describe(region, self.size)}")
+    for line in _lines():
+      word, _, rest = line.partition(" ")
+      if word in ("quit", "exit"):
+        return
+      try:
+        self._command(word, rest.strip(), line, normalized=normalized)
+      except (ValueError, OSError) as error:
+        print(f"error: {error}")
+
+  def _command(self, word: str, rest: str, line: str, *, normalized: bool) -> None:
+    if word == "help" and not rest:
+      print(HELP)
+    elif word == "new" and not rest:
+      self._session = self._start(self._session.regions)
+    elif word == "regions" and not rest:
+      for number, region in enumerate(self._session.regions, 1):
+        print(f"<region{number}> is {describe(region, self.size)}")
+    elif word == "save" and rest.lower().endswith((".png", ".jpg", ".jpeg")):
+      self.save(Path(rest))
+    elif word in KINDS and rest and (word == "mask" or rest[0] in "-.0123456789"):
+      region = parse_region(word, rest, size=self.size, normalized=normalized)
+      (number,) = self._session.add([region])
+      print(f"<region{number}> is {describe(region, self.size)}")
+    else:
+      self.ask(line)
+
+  def save(self, path: Path) -> None:
+    """Writes the image with its numbered regions and the dialogue beside it."""
+    from regionjax.draw import dialogue_card
+
+    dialogue_card(self._image, self._session.regions, self._session.turns).save(path)
+    print(f"wrote {path}")
+
+
+def describe(region: Region, size: tuple[int, int]) -> str:
+  """A region in pixels, for people."""
+  width, height = size
+  if region.kind in ("mask", "scribble"):
+    x1, y1, x2, y2 = region.box_xyxy
+    inside = f"{x1 * width:.0f},{y1 * height:.0f},{x2 * width:.0f},{y2 * height:.0f}"
+    return f"a {region.kind} inside {inside}"
+  numbers = ",".join(f"{x * width:.0f},{y * height:.0f}" for x, y in region.points)
+  return f"{region.kind} {numbers}"
+
+
+def _lines() -> Iterator[str]:
+  """Non-empty lines of the input, with line editing where it is a terminal."""
+  terminal = sys.stdin.isatty()
+  if terminal:
+    import contextlib
+
+    with contextlib.suppress(ImportError):  # absent on Windows
+      import readline  # noqa: F401
+  while True:
+    try:
+      line = input("> " if terminal else "")
+    except EOFError:
+      if terminal:
+        print()
+      return
+    if line.strip():
+      yield line.strip()
+
+
+def _check_writable(path: Path) -> None:
+  """Says now, not after the answers, that a picture cannot be written."""
+  if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+    raise ValueError(f"--save {path}: expected a name that ends in .png or .jpg")
+  if not path.parent.is_dir():
+    raise ValueError(f"--save {path}: there is no folder {path.parent}")

@@ -1,0 +1,393 @@
+"""The engine: encoded prompts in, ids and text out, on any number of rows.
+
+It pads everything to a few bucket sizes, so that the programs of `infer.programs` are compiled a few
+times and never again. It knows ids and arrays; templates and people's texts are `infer.chat`'s.
+
+Axes: b rows, m distinct images, k images of a row, t tokens, r region slots of a row, n patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regionjax.config import ModelConfig
+from regionjax.data.rows import RegionArrays
+from regionjax.infer import programs
+from regionjax.infer.sampling import Sampling, row_keys
+from regionjax.models.decoder import Cache, init_cache
+from regionjax.models.params import model_for, unstack_layers
+from regionjax.models.region_lm import ImageFeatures
+
+GREEDY = Sampling()
+MAX_ROWS = 64  # rows of one batch in `generate`
+
+
+class GenerationError(ValueError):
+  """A prompt that cannot be run; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """One row: a prompt, or the next piece of one.
+
+  Attributes:
+    ids: int32 [T], image and region slots included.
+    images: which of the encoded images each image of the row is, in the order of their slots.
+    regions: one entry per region slot in `ids`, in order; `box_image_r` indexes `images`. None when
+      there is no slot.
+  """
+
+  ids: np.ndarray
+  images: tuple[int, ...] = ()
+  regions: RegionArrays | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """An answer so far.
+
+  Attributes:
+    ids: generated ids, the stop's included.
+    text: their text up to the stop.
+    finish: 'stop', 'length' (it was cut at the limit) or '' (not finished yet).
+  """
+
+  ids: tuple[int, ...] = ()
+  text: str = ""
+  finish: str = ""
+
+
+@dataclasses.dataclass
+class State:
+  """Rows whose prompts are in the cache. Replaced in place; arrays in it may be donated.
+
+  Attributes:
+    cache: keys and values.
+    logits_bv: float32, for the next token of each row.
+    lengths: tokens of each real row in the cache; rows past them pad the batch.
+  """
+
+  cache: Cache
+  logits_bv: jax.Array
+  lengths: np.ndarray
+
+  @property
+  def room(self) -> int:
+    """Tokens that a row of the cache can hold."""
+    return self.cache.k[0].shape[1]
+
+
+def bucket(size: int, smallest: int = 32) -> int:
+  """The least of smallest, 2·smallest, 3·smallest, 4·, 6·, 8·, 12·, ... that is >= size.
+
+  Two sizes per doubling: padding wastes a third at most, and a prompt of any length up to 2048
+  compiles one of 12 programs.
+  """
+  power = smallest
+  while power < size:
+    if power >= 2 * smallest and power * 3 // 2 >= size:
+      return power * 3 // 2
+    power *= 2
+  return power
+
+
+class Engine:
+  """A model ready to generate.
+
+  Attributes:
+    config: the model.
+    params: its parameters on the device, in the compute dtype, layers one by one.
+    steps: tokens generated per dispatch; between dispatches stop strings are looked for and text is
+      streamed.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: Any,
+    tokenizer: Any,
+    *,
+    stop_ids: Sequence[Sequence[int]] = (),
+    stop_strings: Sequence[str] = (),
+    steps: int = 16,
+  ) -> None:
+    """Puts a model on the device.
+
+    Args:
+      config: the model.
+      params: nested dict of arrays, layers stacked or not.
+      tokenizer: decodes ids; gives the slots' ids.
+      stop_ids: sequences of ids that end an answer.
+      stop_strings: texts that end an answer; they may begin and end inside a token.
+      steps: tokens per dispatch.
+    """
+    self.config = config
+    self.tokenizer = tokenizer
+    self.steps = steps
+    self.model = model_for(
+      config,
+      generate=True,
+      image_slot_id=tokenizer.image_slot_id,
+      region_slot_id=tokenizer.region_slot_id,
+    )
+    self._dtype = jnp.dtype(config.compute_dtype)
+    self.params = jax.tree.map(self._place, unstack_layers(params))
+    self._stops = tuple(tuple(int(i) for i in stop) for stop in stop_ids if len(stop))
+    self._stop_strings = tuple(stop_strings)
+    # Single ids end a row inside a dispatch, longer stops are found between two. -1 is no id.
+    single = [stop[0] for stop in self._stops if len(stop) == 1]
+    self._single_stops = jnp.asarray(single or [-1], jnp.int32)
+    # A slot in an answer would be filled with features when the dialogue is read again.
+    slots = [i for i in (tokenizer.image_slot_id, tokenizer.region_slot_id) if i >= 0]
+    self._banned = jnp.asarray(slots or [config.decoder.padded_vocab], jnp.int32)
+
+  def _place(self, leaf: Any) -> jax.Array:
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.asarray(leaf, self._dtype if floating else leaf.dtype)
+
+  def encode_images(self, images: Sequence[np.ndarray]) -> ImageFeatures:
+    """Features of images, computed once and read by any number of prompts.
+
+    Args:
+      images: float32 [H, W, 3] each, as `images.preprocess` gives them; none is allowed.
+
+    Returns:
+      Features with a leading axis of images (padded to a bucket).
+    """
+    if not images:
+      return ImageFeatures(None, None)
+    size = _power(len(images))
+    batch = np.zeros((size, *images[0].shape), np.float32)
+    for slot, image in zip(batch, images):
+      slot[:] = image
+    return programs.encode_images(self.model, self.params, batch)
+
+  def prefill(
+    self, prompts: Sequence[Prompt], features: ImageFeatures, *, new_tokens: int
+  ) -> State:
+    """Runs prompts into a new cache.
+
+    Args:
+      prompts: at least one.
+      features: of the images that the prompts name.
+      new_tokens: tokens that are going to be generated; room is kept for them as far as the
+        decoder's `max_length` goes.
+
+    Raises:
+      GenerationError: a prompt leaves no room for an answer.
+    """
+    longest = max(len(p.ids) for p in prompts)
+    room = self._room(longest, new_tokens)
+    rows = _power(len(prompts))
+    cache = init_cache(self.config.decoder, rows, room, self._dtype)
+    empty = np.zeros(len(prompts), np.int64)
+    return self._append(cache, empty, prompts, features)
+
+  def extend(
+    self, state: State, prompts: Sequence[Prompt], features: ImageFeatures, *, new_tokens: int
+  ) -> State:
+    """Continues rows behind what their cache holds; `state` must not be used afterwards.
+
+    Args:
+      state: from `prefill` or `extend`, possibly after `decode` and `rewind`.
+      prompts: the next ids of each row; their image indices count the row's images from the start,
+        their region slots only those of this piece.
+      features: of the same images as before.
+      new_tokens: as for `prefill`.
+    """
+    longest = max(int(n) + len(p.ids) for n, p in zip(state.lengths, prompts))
+    room = self._room(longest, new_tokens)
+    cache = state.cache
+    if room > state.room:
+      more = ((0, 0), (0, room - state.room), (0, 0), (0, 0))
+      k, v = (tuple(jnp.pad(x, more) for x in xs) for xs in (cache.k, cache.v))
+      cache = Cache(k, v, cache.length_b)
+    return self._append(cache, state.lengths, prompts, features)
+
+  def rewind(self, state: State, lengths: Sequence[int]) -> None:
+    """Forgets the end of each row: its cache keeps `lengths[b]` tokens. Logits become stale."""
+    kept = np.zeros(state.cache.length_b.shape[0], np.int32)
+    kept[: len(lengths)] = lengths
+    state.lengths = np.asarray(lengths, np.int64)
+    state.cache = state.cache._replace(length_b=jnp.asarray(kept))
+
+  def decode(
+    self,
+    state: State,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    rows: Sequence[int] | None = None,
+  ) -> Iterator[list[Generation]]:
+    """Generates, yielding every row's answer so far after each dispatch.
+
+    Afterwards `state` holds the prompts and all generated tokens (what followed a stop string
+    included: `rewind` before going on).
+
+    Args:
+      state: prompts in a cache.
+      max_new_tokens: per row; fewer where the decoder's `max_length` comes first.
+      sampling: how tokens are drawn.
+      rows: numbers that set the rows' random draws apart; by default 0, 1, ...
+    """
+    count = len(state.lengths)
+    padded = state.logits_bv.shape[0]
+    numbers = np.arange(padded, dtype=np.int32)
+    numbers[:count] = np.arange(count) if rows is None else rows
+    keys = row_keys(sampling.seed, jnp.asarray(numbers))
+    left = min(max_new_tokens, state.room - int(state.lengths.max()))
+    answers = [Generation() for _ in range(count)]
+    running = programs.Running(
+      state.cache,
+      state.logits_bv,
+      jnp.arange(padded) >= count,
+      jnp.zeros(padded, jnp.int32),
+    )
+    while left > 0 and any(not a.finish for a in answers):
+      done = np.array([bool(a.finish) for a in answers] + [True] * (padded - count))
+      running = running._replace(done_b=jnp.asarray(done))
+      tokens, running = programs.decode(
+        self.model, self.params, running, keys, self._single_stops, self._banned, jnp.int32(left),
+        jnp.float32(sampling.temperature), jnp.float32(sampling.top_p),
+        steps=self.steps, greedy=sampling.temperature == 0,
+      )  # fmt: skip
+      left -= self.steps
+      # Written at once: the old cache was donated, and whoever stops iterating keeps a good state.
+      state.cache, state.logits_bv = running.cache, running.logits_bv
+      new = np.asarray(tokens)[:count]
+      state.lengths = np.asarray(running.cache.length_b, np.int64)[:count]
+      answers = [self._grow(a, row[row >= 0], left <= 0) for a, row in zip(answers, new)]
+      yield answers
+
+  def generate(
+    self,
+    prompts: Sequence[Prompt],
+    features: ImageFeatures,
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = GREEDY,
+  ) -> list[Generation]:
+    """Answers any number of prompts, in batches of rows of similar length.
+
+    A row's answer does not depend on the batch that it ran in (up to rounding of its logits).
+
+    Args:
+      prompts: in any order and of any lengths.
+      features: of all images that the prompts name.
+      max_new_tokens: per answer.
+      sampling: how tokens are drawn.
+
+    Returns:
+      One answer per prompt, in the order given.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    answers: list[Generation] = [Generation()] * len(prompts)
+    for start in range(0, len(order), MAX_ROWS):
+      picked = order[start : start + MAX_ROWS]
+      state = self.prefill([prompts[i] for i in picked], features, new_tokens=max_new_tokens)
+      last: list[Generation] = []
+      for last in self.decode(  # noqa: B007: only the last state of the answers matters
+        state, max_new_tokens=max_new_tokens, sampling=sampling, rows=picked
+      ):
+        pass
+      for i, answer in zip(picked, last):
+        answers[i] = answer
+    return answers
+
+  def _room(self, longest: int, new_tokens: int) -> int:
+    limit = self.config.decoder.max_length
+    if longest >= limit:
+      raise GenerationError(
+        f"the prompt takes {longest} tokens (images and regions included) and the model's limit "
+        f"is {limit} with the answer; shorten the text, name fewer regions, or start a new dialogue"
+      )
+    return min(bucket(longest + new_tokens, 64), limit)
+
+  def _append(
+    self, cache: Cache, lengths: np.ndarray, prompts: Sequence[Prompt], features: ImageFeatures
+  ) -> State:
+    arrays = self._pad(prompts, rows=cache.length_b.shape[0])
+    # A later turn as a rule shows no image and often no region: then nothing is read for them.
+    if not arrays.region_mask_br.any():
+      features = features._replace(maps=None)
+    if not (arrays.tokens_bt == self.tokenizer.image_slot_id).any():
+      features = features._replace(tokens_bknd=None)
+    logits, cache = programs.prefill(self.model, self.params, features, arrays, cache)
+    return State(cache, logits, lengths + [len(p.ids) for p in prompts])
+
+  def _pad(self, prompts: Sequence[Prompt], *, rows: int) -> programs.PromptArrays:
+    t = bucket(max(len(p.ids) for p in prompts))
+    k = max(1, *(len(p.images) for p in prompts))
+    r = max([len(p.regions.kind_r) for p in prompts if p.regions is not None], default=0)
+    r = _power(r, 4)
+    out = programs.PromptArrays(
+      tokens_bt=np.full((rows, t), max(self.tokenizer.pad_id, 0), np.int32),
+      lengths_b=np.zeros(rows, np.int32),
+      image_bk=np.zeros((rows, k), np.int32),
+      boxes_br4=np.zeros((rows, r, 4), np.float32),
+      box_image_br=np.zeros((rows, r), np.int32),
+      region_kind_br=np.zeros((rows, r), np.int32),
+      region_mask_br=np.zeros((rows, r), bool),
+      region_cover_brn=np.zeros((rows, r, self.config.vision.tokens), np.float32),
+    )
+    for b, prompt in enumerate(prompts):
+      out.tokens_bt[b, : len(prompt.ids)] = prompt.ids
+      out.lengths_b[b] = len(prompt.ids)
+      out.image_bk[b, : len(prompt.images)] = prompt.images
+      slots = int(np.sum(np.asarray(prompt.ids) == self.tokenizer.region_slot_id))
+      count = 0 if prompt.regions is None else len(prompt.regions.kind_r)
+      if slots != count:
+        raise GenerationError(f"row {b}: {slots} region slots in its ids but {count} regions")
+      if prompt.regions is not None and count:
+        out.boxes_br4[b, :count] = prompt.regions.boxes_r4
+        out.box_image_br[b, :count] = prompt.regions.box_image_r
+        out.region_kind_br[b, :count] = prompt.regions.kind_r
+        out.region_mask_br[b, :count] = True
+        out.region_cover_brn[b, :count] = prompt.regions.cover_rn
+    return out
+
+  def _grow(self, answer: Generation, new: np.ndarray, last: bool) -> Generation:
+    """Adds tokens to an answer; ends it at the first stop, or at the length limit if `last`."""
+    if answer.finish:
+      return answer
+    ids = answer.ids + tuple(int(i) for i in new)
+    body, end = find_stop(ids, self._stops)
+    text = self.tokenizer.decode(ids[:body])
+    found = [at for at in (text.find(s) for s in self._stop_strings) if at >= 0]
+    if found:
+      return Generation(self._cut(ids), text[: min(found)], "stop")
+    finish = "stop" if body < len(ids) else "length" if last else ""
+    return Generation(ids[:end], text, finish)
+
+  def _cut(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids up to the token that completes a stop string; what was generated behind it goes."""
+    low, high = 1, len(ids)
+    while low < high:  # once complete, a stop string stays found
+      middle = (low + high) // 2
+      text = self.tokenizer.decode(ids[:middle])
+      if any(s in text for s in self._stop_strings):
+        high = middle
+      else:
+        low = middle + 1
+    return ids[:low]
+
+
+def find_stop(ids: Sequence[int], stops: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+  """(start, end) of the first stop to be complete in `ids`; both are len(ids) without one."""
+  for end in range(1, len(ids) + 1):
+    for stop in stops:
+      if end >= len(stop) and tuple(ids[end - len(stop) : end]) == stop:
+        return end - len(stop), end
+  return len(ids), len(ids)
+
+
+def _power(size: int, smallest: int = 1) -> int:
+  while smallest < size:
+    smallest *= 2
+  return smallest

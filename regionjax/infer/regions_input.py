@@ -1,0 +1,108 @@
+"""Regions as people type them: `box 10,20,90,80`, `point 40,40`, `mask cat.png`.
+
+Shared by the options of `regionjax chat` and by its prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from regionjax.regions import Region, RegionError
+
+Size = tuple[int, int]
+KINDS = {
+  "box": "x1,y1,x2,y2",
+  "point": "x,y",
+  "polygon": "x1,y1,x2,y2,x3,y3,...",
+  "scribble": "x1,y1,x2,y2,...",
+  "mask": "FILE.png",
+}
+
+
+def parse_region(kind: str, text: str, *, size: Size, normalized: bool = False) -> Region:
+  """One typed region.
+
+  Args:
+    kind: a key of KINDS.
+    text: numbers separated by commas or blanks, or a mask's file.
+    size: (width, height) of the image.
+    normalized: numbers are shares of the sides in [0, 1] instead of pixels.
+
+  Raises:
+    RegionError: not the right number of numbers, or a region that isn't one (NaN, inverted,
+      empty, outside).
+  """
+  if kind == "mask":
+    return read_mask(Path(text), size=size)
+  numbers = _numbers(kind, text)
+  frame = None if normalized else size
+  pairs = list(zip(numbers[0::2], numbers[1::2]))
+  make: dict[str, Callable[[], Region]] = {
+    "box": lambda: Region.box(*numbers, size=frame),
+    "point": lambda: Region.point(*numbers, size=frame),
+    "polygon": lambda: Region.polygon(pairs, size=frame),
+    "scribble": lambda: Region.scribble(pairs, width=0.02 * (max(frame or (1, 1))), size=frame),
+  }
+  try:
+    return make[kind]()
+  except RegionError as error:
+    hint = ""
+    if normalized and any(abs(n) > 1 for n in numbers):
+      hint = " (with --normalized, numbers are shares of the sides between 0 and 1)"
+    raise RegionError(error.reason, f"{kind} {text}: {error}{hint}") from None
+
+
+def read_mask(path: Path, *, size: Size) -> Region:
+  """A mask from a picture of the image's size.
+
+  Inside is what is opaque, if the file has transparency; else what is bright (at least half of the
+  brightest value), or in a palette picture every index but 0.
+
+  Raises:
+    RegionError: no such file, no picture, another size than the image's, or no pixel inside.
+  """
+  try:
+    with Image.open(path) as picture:
+      if picture.size != tuple(size):  # before any pixel is decoded: a bomb has another size
+        raise RegionError(
+          "shape",
+          f"mask {path}: it is {picture.size[0]}x{picture.size[1]} pixels, the image "
+          f"{size[0]}x{size[1]}; draw the mask over the whole image",
+        )
+      picture.load()
+      bands = picture.getbands()
+      alpha = np.asarray(picture.getchannel("A")) if "A" in bands else None
+      values = np.asarray(picture if picture.mode in ("P", "1") else picture.convert("L"))
+  except FileNotFoundError:
+    raise RegionError("shape", f"mask {path}: no such file") from None
+  except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    raise RegionError("shape", f"mask {path}: not a readable picture ({error})") from None
+  if alpha is not None and alpha.min() < 255:
+    inside = alpha > 127
+  elif picture.mode in ("P", "1"):
+    inside = values > 0
+  else:
+    inside = values >= max(int(values.max()), 1) / 2
+  if not inside.any():
+    raise RegionError("empty", f"mask {path}: no pixel is inside; paint the region white")
+  return Region.from_mask(inside)
+
+
+def _numbers(kind: str, text: str) -> list[float]:
+  words = [word for word in re.split(r"[,\s]+", text.strip()) if word]
+  try:
+    numbers = [float(word) for word in words]
+  except ValueError:
+    raise RegionError("shape", f"{kind} {text!r}: expected numbers, {KINDS[kind]}") from None
+  right = {"box": len(numbers) == 4, "point": len(numbers) == 2}
+  even = len(numbers) % 2 == 0 and len(numbers) >= (6 if kind == "polygon" else 4)
+  if not right.get(kind, even):
+    raise RegionError(
+      "shape", f"{kind} {text!r}: {len(numbers)} numbers; expected {KINDS[kind]}"
+    )
+  return numbers

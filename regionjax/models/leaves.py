@@ -1,0 +1,98 @@
+"""Modules that only declare parameters (f32) and hand them to ops, so that names stay regular.
+
+`Kernel` gives `name/kernel` (and `name/bias`), `Scale` gives `name/scale` (and `name/bias`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from regionjax.config import ConfigError
+
+Array = jax.Array
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def normal(stddev: float) -> Callable[..., Array]:
+  """Normal truncated at two standard deviations; `stddev` is that of the untruncated one."""
+  return nn.initializers.truncated_normal(stddev)
+
+
+class Kernel(nn.Module):
+  """A linear map's weights.
+
+  Attributes:
+    features: input and output width.
+    use_bias: whether there is a bias.
+    gain: factor on the initial standard deviation 1 / sqrt(input width). Maps that write into the
+      residual stream use 1 / sqrt(2 * layers), so that the stream's variance stays near 1.
+  """
+
+  features: tuple[int, int]
+  use_bias: bool = False
+  gain: float = 1.0
+
+  @nn.compact
+  def __call__(self) -> tuple[Array, Array | None]:
+    """(kernel [D, E], bias [E] or None)."""
+    stddev = self.gain * self.features[0] ** -0.5
+    kernel = self.param("kernel", normal(stddev), self.features, jnp.float32)
+    if not self.use_bias:
+      return kernel, None
+    return kernel, self.param("bias", nn.initializers.zeros, self.features[1:], jnp.float32)
+
+
+class Scale(nn.Module):
+  """A norm's scale and, when asked for, bias."""
+
+  features: int
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self) -> tuple[Array, ...]:
+    """(scale [D],) or (scale [D], bias [D])."""
+    scale = self.param("scale", nn.initializers.ones, (self.features,), jnp.float32)
+    if not self.use_bias:
+      return (scale,)
+    return scale, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+
+
+def remat(block: type[nn.Module], policy: str, *, scanned: bool) -> type[nn.Module]:
+  """`block` with its backward pass recomputing what the policy does not save.
+
+  Args:
+    block: a module class.
+    policy: 'none' (save everything), 'full' (save only the block's input) or 'dots' (save the
+      results of weight matmuls, recompute attention and elementwise work).
+    scanned: inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier
+      that prevents that (and costs fusions) is left out.
+
+  Raises:
+    ConfigError: an unknown policy.
+  """
+  if policy not in REMAT_POLICIES:
+    raise ConfigError(f"remat={policy!r}: expected one of {', '.join(REMAT_POLICIES)}")
+  if policy == "none":
+    return block
+  return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)
+
+
+def scan(block: type[nn.Module], length: int, *, in_axes: Any) -> Callable[..., nn.Module]:
+  """`block` repeated `length` times with its parameters stacked on a leading axis."""
+  return nn.scan(
+    block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=in_axes,
+    length=length,
+  )

@@ -1,0 +1,66 @@
+"""Linear maps and the two feed-forward forms: plain (ViT) and gated (LLaMA).
+
+Axes: d input channels, f hidden channels, e output channels; `...` any leading axes.
+Weights may be stored in another dtype than the activations; they are cast to the activations'.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "relu": jax.nn.relu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+  "silu": jax.nn.silu,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+  """The activation function called `name`.
+
+  Raises:
+    ValueError: no activation has that name.
+  """
+  if name not in ACTIVATIONS:
+    raise ValueError(f"activation={name!r}: expected one of {', '.join(ACTIVATIONS)}")
+  return ACTIVATIONS[name]
+
+
+def linear(x_d: Array, kernel_de: Array, bias_e: Array | None = None) -> Array:
+  """x @ kernel + bias over the last axis, in x's dtype.
+
+  Args:
+    x_d: [..., D].
+    kernel_de: [D, E].
+    bias_e: [E] or None.
+
+  Returns:
+    [..., E] in x's dtype.
+  """
+  y_e = jnp.einsum("...d,de->...e", x_d, kernel_de.astype(x_d.dtype))
+  if bias_e is None:
+    return y_e
+  return y_e + bias_e.astype(x_d.dtype).reshape((1,) * (y_e.ndim - 1) + (-1,))
+
+
+def gated_mlp(x_d: Array, gate_df: Array, up_df: Array, down_fd: Array, *, name: str) -> Array:
+  """(act(x @ gate) * (x @ up)) @ down: SwiGLU when the activation is SiLU.
+
+  Args:
+    x_d: [..., D].
+    gate_df: [D, F].
+    up_df: [D, F].
+    down_fd: [F, D].
+    name: a key of ACTIVATIONS.
+
+  Returns:
+    [..., D] in x's dtype.
+  """
+  return linear(activation(name)(linear(x_d, gate_df)) * linear(x_d, up_df), down_fd)

@@ -1,0 +1,152 @@
+"""Checkpoints of a run: the newest N, and the best one in a place of its own.
+
+Layout: `checkpoints/<step>/` holds the whole state and a JSON record (data state, totals, clock);
+`best/<step>/` holds the trainable parameters with the lowest held-out loss. Orbax writes both in
+the background and renames a checkpoint into place when it is complete. A checksum of the state is
+in the record, so that a checkpoint whose bytes changed on disk is told from a good one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+
+class CheckpointError(OSError):
+  """No checkpoint of a run can be read."""
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+  """uint32 scalar: the sum of all leaves' bits, modulo 2^32; the same on any device or mesh."""
+  total = jnp.zeros((), jnp.uint32)
+  for k, leaf in enumerate(jax.tree.leaves(tree)):
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, words).astype(jnp.uint32)
+    total = total + jnp.uint32(2 * k + 1) * jnp.sum(bits, dtype=jnp.uint32)
+  return total
+
+
+class Checkpoints:
+  """Saves and restores a run's state under a work folder."""
+
+  def __init__(self, workdir: Path, *, keep: int, log: Callable[[str], None] = print) -> None:
+    self._workdir, self._log = workdir, log
+    self._latest = _manager(workdir / "checkpoints", keep)
+    self._best = _manager(workdir / "best", 1)
+
+  def steps(self) -> list[int]:
+    """Steps that have a checkpoint, oldest first."""
+    return sorted(self._latest.all_steps())
+
+  def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+    """Starts writing a checkpoint; a no-op if this step already has one.
+
+    Returns when the arrays have been copied from the devices: the state may then be donated.
+
+    Args:
+      record: JSON-able; comes back from `restore_latest`.
+    """
+    if step not in self._latest.all_steps():
+      _save(self._latest, step, state, record)
+
+  def save_best(self, step: int, trainable: Any, record: dict[str, Any]) -> None:
+    """Starts writing the best parameters; they replace the previous best when complete."""
+    if step not in self._best.all_steps():
+      _save(self._best, step, trainable, record)
+
+  def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The newest readable checkpoint, or None where there is none at all.
+
+    Damaged ones are named through `log`, moved to `damaged/` and passed over.
+
+    Args:
+      like: a tree of jax.ShapeDtypeStruct with shardings.
+
+    Returns:
+      (state, record).
+
+    Raises:
+      CheckpointError: there are checkpoints, and all are damaged.
+    """
+    steps = self.steps()
+    for i, step in enumerate(reversed(steps)):
+      try:
+        return _restore(self._latest, step, like)
+      except Exception as error:  # whatever a broken file makes a reader raise
+        older = steps[-2 - i] if i + 1 < len(steps) else None
+        moved = self._set_aside(step)
+        use = f"using step {older}" if older is not None else "and there is no older one"
+        reason = " ".join(str(error).split())[:160]
+        self._log(f"checkpoint of step {step} is damaged ({reason}); moved to {moved}; {use}")
+    if steps:
+      raise CheckpointError(
+        f"no checkpoint under {self._workdir} can be read (tried steps "
+        f"{', '.join(map(str, steps))}); restore one from a copy, or start afresh with another "
+        "--workdir"
+      )
+    return None
+
+  def restore_best(self, like: Any) -> tuple[int, Any] | None:
+    """(step, trainable parameters) of the best checkpoint; None if there is none or it's damaged."""
+    self._best.wait_until_finished()
+    step = self._best.latest_step()
+    if step is None:
+      return None
+    try:
+      return step, _restore(self._best, step, like)[0]
+    except Exception as error:
+      reason = " ".join(str(error).split())[:160]
+      self._log(f"best checkpoint (step {step}) is damaged ({reason}); not used")
+      return None
+
+  def wait(self) -> None:
+    """Returns when everything has been written."""
+    self._latest.wait_until_finished()
+    self._best.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and frees the threads."""
+    self._latest.close()
+    self._best.close()
+
+  def _set_aside(self, step: int) -> Path:
+    target = self._workdir / "damaged" / str(step)
+    if jax.process_index() == 0:
+      if target.exists():
+        shutil.rmtree(target)
+      target.parent.mkdir(exist_ok=True)
+      shutil.move(self._workdir / "checkpoints" / str(step), target)
+    self._latest.reload()
+    return target
+
+
+def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+  )
+  return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def _save(manager: ocp.CheckpointManager, step: int, state: Any, record: dict[str, Any]) -> None:
+  record = record | {"checksum": int(checksum(state))}
+  args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+  manager.save(step, args=args, force=True)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+  args = ocp.args.Composite(
+    state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore()
+  )
+  restored = manager.restore(step, args=args)
+  state, record = restored["state"], dict(restored["record"])
+  expected, found = record.pop("checksum", None), int(checksum(state))
+  if found != expected:
+    raise CheckpointError(f"its checksum is {found}, {expected} was written")
+  return state, record

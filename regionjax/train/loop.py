@@ -1,0 +1,250 @@
+"""The training loop.
+
+Step t is dispatched before the metrics of step t - 1 are read, so the device never waits for the
+host. Everything that must survive a stop is in the state, the data state and the ledger; a run
+that is stopped and resumed gives the same bits as one that is not, unless a time limit drives its
+learning rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from regionjax.config import Config
+from regionjax.mesh import make_mesh, put_batch
+from regionjax.train.finish import finish
+from regionjax.train.flops import step_flops
+from regionjax.train.metrics import MetricsWriter
+from regionjax.train.progress import Clock, Progress, duration, short
+from regionjax.train.signals import StopRequest
+from regionjax.train.speed import peak_flops
+from regionjax.train.start import Run, record, start
+
+
+class DivergedError(RuntimeError):
+  """The loss or the gradient is no longer a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a call of `train` ended.
+
+  Attributes:
+    finished: False if a signal stopped it.
+    step: steps done.
+    exit_code: for the shell.
+    summary: what `summary.json` holds, when finished.
+  """
+
+  finished: bool
+  step: int
+  exit_code: int
+  summary: dict[str, Any] | None = None
+
+
+def train(
+  config: Config,
+  workdir: str | Path,
+  *,
+  mesh: Mesh | None = None,
+  command: str = "",
+  progress: Progress | None = None,
+) -> Outcome:
+  """Trains, or goes on training, in a work folder.
+
+  Leaves there: config.json, checkpoints/, best/, metrics.jsonl, tensorboard/, and when finished
+  curves.png, summary.json and release/.
+
+  Args:
+    config: the run.
+    workdir: its folder, made if missing.
+    mesh: by default all devices share the rows.
+    command: how to start this run again; shown when it is stopped, kept in the summary and card.
+    progress: where to report; by default stderr.
+
+  Raises:
+    ConfigError: the config cannot run, or the folder is that of another one.
+    CheckpointError: no checkpoint of the folder is readable.
+    DivergedError: the loss became NaN or infinite; earlier checkpoints are kept.
+  """
+  progress = Progress() if progress is None else progress
+  mesh = make_mesh() if mesh is None else mesh
+  run = start(config, Path(workdir), mesh=mesh, log=progress.message)
+  loop = _Loop(run, progress)
+  try:
+    stop = loop.run()
+    if not loop.done:
+      progress.close()
+      again = f"; to go on:\n  {command}" if command else ""
+      progress.message(f"stopped at step {run.ledger.step}, saved{again}")
+      return Outcome(False, run.ledger.step, stop.exit_code)
+    progress.close()
+    summary = finish(run, peak=loop.peak, command=command, log=progress.message)
+    return Outcome(True, run.ledger.step, 0, summary)
+  finally:
+    progress.close()
+    loop.close()
+
+
+class _Loop:
+  """Steps, evaluations, checkpoints and reports of one process's part of a run."""
+
+  def __init__(self, run: Run, progress: Progress) -> None:
+    self._run, self._progress = run, progress
+    ledger = run.ledger
+    self._writer = MetricsWriter(
+      run.workdir, step=ledger.step, enabled=jax.process_index() == 0
+    )
+    self._clock = Clock(ledger.elapsed)
+    self._pending: tuple[int, dict[str, jax.Array], float] | None = None
+    self._compiled = False
+    self._paused = 0.0  # seconds of evaluations and saves since the last log
+    self._waited = 0.0  # seconds of waiting for data since the last log
+    self._since = (time.monotonic(), dict(ledger.totals), ledger.step)
+    self.peak = peak_flops(list(run.mesh.devices.flat))
+
+  @property
+  def share(self) -> float:
+    """The part of the run that is over, in [0, 1]: by steps or by the clock."""
+    train = self._run.config.train
+    share = self._run.ledger.step / train.steps
+    if train.stop_after_minutes > 0:
+      share = max(share, self._clock.elapsed / (60 * train.stop_after_minutes))
+    return min(share, 1.0)
+
+  @property
+  def done(self) -> bool:
+    return self.share >= 1
+
+  def run(self) -> StopRequest:
+    """Runs until the end or a signal; the state is saved either way."""
+    train = self._run.config.train
+    ledger = self._run.ledger
+    with StopRequest() as stop:
+      while not self.done and stop.received is None:
+        self._step()
+        if train.eval_every and ledger.step % train.eval_every == 0:
+          self._evaluate()
+        if train.save_every and ledger.step % train.save_every == 0:
+          self._save()
+      self._read()
+      last = ledger.evaluation["step"] if ledger.evaluation else -1
+      if self.done and self._run.evaluator is not None and last != ledger.step:
+        self._evaluate()
+      self._save()
+      self._run.checkpoints.wait()
+    return stop
+
+  def close(self) -> None:
+    self._writer.close()
+    self._run.pipeline.close()
+    self._run.checkpoints.close()
+
+  def _step(self) -> None:
+    run, ledger = self._run, self._run.ledger
+    before = time.monotonic()
+    batch, _ = next(run.pipeline)
+    self._waited += time.monotonic() - before
+    share = np.float32(self.share)
+    run.state, metrics = run.train_step(run.state, put_batch(batch, run.mesh), share)
+    self._read()
+    ledger.step += 1
+    self._pending = (ledger.step, metrics)
+    if not self._compiled:  # rates and the estimate of what is left count from here
+      self._compiled = True
+      self._read()
+      self._clock.begin(self.share)
+      self._since = (time.monotonic(), dict(ledger.totals), ledger.step)
+
+  def _read(self) -> None:
+    """Reads the metrics that are still on the device, and logs if it is time to."""
+    if self._pending is None:
+      return
+    run, ledger = self._run, self._run.ledger
+    step, metrics = self._pending
+    self._pending = None
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not (math.isfinite(values["loss_sum"]) and math.isfinite(values["grad_norm"])):
+      kept = run.checkpoints.steps()
+      raise DivergedError(
+        f"step {step}: the loss is {values['loss_sum']} and the gradient's norm "
+        f"{values['grad_norm']}; stopped. "
+        + (f"The checkpoint of step {kept[-1]} is kept. " if kept else "")
+        + f"Try a lower train.learning_rate (now {run.config.train.learning_rate:g}), a longer "
+        "warm-up, or clipping"
+      )
+    ledger.add(values, step_flops(run.config, values))
+    if step % run.config.train.log_every == 0 or step == 1:
+      self._log(step, values)
+
+  def _log(self, step: int, values: dict[str, float]) -> None:
+    ledger = self._run.ledger
+    start, totals, first = self._since
+    seconds = time.monotonic() - start - self._paused
+    rates: dict[str, float] = {}
+    if step > first and seconds > 0:
+      speed = {name: (ledger.totals[name] - totals[name]) / seconds for name in totals}
+      rates = {
+        "tokens_per_second": speed["tokens"],
+        "examples_per_second": speed["examples"],
+        "seconds_per_step": seconds / (step - first),
+        "data_wait": self._waited / seconds,
+      }
+      if self.peak:
+        rates["mfu"] = speed["flops"] / self.peak
+    ledger.elapsed = self._clock.elapsed
+    ledger.train = {
+      "loss": ledger.close_window(),
+      "grad_norm": values["grad_norm"],
+      "learning_rate": values["learning_rate"],
+      **ledger.totals,
+    }
+    self._writer.write("train", step, ledger.train | rates | {"elapsed": ledger.elapsed})
+    self._since = (time.monotonic(), dict(ledger.totals), step)
+    self._paused = self._waited = 0.0
+    self._show(step, rates)
+
+  def _show(self, step: int, rates: dict[str, float]) -> None:
+    parts = [f"loss {self._run.ledger.train['loss']:.4f}"]  # type: ignore[index]
+    if rates:
+      parts.append(f"{short(rates['tokens_per_second'])} tok/s")
+      parts.append(f"{short(rates['examples_per_second'])} ex/s")
+    if "mfu" in rates:
+      parts.append(f"MFU {rates['mfu']:.0%}")
+    share = self.share
+    parts.append(f"ETA {duration(self._clock.remaining(share))}")
+    self._progress.update(step, self._run.config.train.steps, share, parts)
+
+  def _evaluate(self) -> None:
+    run, ledger = self._run, self._run.ledger
+    if run.evaluator is None:
+      return
+    self._read()
+    before = time.monotonic()
+    values = run.evaluator(run.state.trainable, run.state.frozen).to_json()
+    if ledger.note_evaluation(ledger.step, values):
+      run.checkpoints.save_best(ledger.step, run.state.trainable, {"loss": values["loss"]})
+    seconds = time.monotonic() - before
+    self._writer.write("eval", ledger.step, values | {"seconds": seconds})
+    self._progress.message(
+      f"step {ledger.step}: held-out loss {values['loss']:.4f}, exact match "
+      f"{values['accuracy']:.1%} of {values['answers']} answers ({seconds:.1f} s)"
+    )
+    self._paused += seconds
+
+  def _save(self) -> None:
+    self._read()  # a diverged state is not saved
+    before = time.monotonic()
+    self._run.ledger.elapsed = self._clock.elapsed
+    self._run.checkpoints.save(self._run.ledger.step, self._run.state, record(self._run))
+    self._paused += time.monotonic() - before
+
+

@@ -1,0 +1,82 @@
+"""The picture of a run: losses, and accuracy by task and by kind of reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def plot_run(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
+  """Draws the metrics of a run.
+
+  Args:
+    rows: as `metrics.read_metrics` gives them.
+    path: a PNG file.
+    title: of the picture.
+
+  Returns:
+    The path.
+  """
+  train = [row for row in rows if row["kind"] == "train"]
+  evals = [row for row in rows if row["kind"] == "eval"]
+  figure = Figure(figsize=(16, 4.8), layout="constrained")
+  FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
+  figure.suptitle(title)
+  left, middle, right = figure.subplots(1, 3)
+  _losses(left, train, evals)
+  _accuracies(middle, evals, "by_task", "held-out accuracy by task")
+  _accuracies(right, evals, "by_reference", "held-out accuracy by kind of reference")
+  figure.savefig(path, dpi=110)
+  return path
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> np.ndarray:
+  """Exponential moving average, corrected for its start; same length."""
+  out, total, norm = [], 0.0, 0.0
+  for value in values:
+    total = weight * total + (1 - weight) * value
+    norm = weight * norm + (1 - weight)
+    out.append(total / norm)
+  return np.asarray(out)
+
+
+def _losses(axes: Any, train: Sequence[dict], evals: Sequence[dict]) -> None:
+  if train:
+    steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(losses), color="tab:blue", label="training, smoothed")
+  if evals:
+    axes.plot(
+      [r["step"] for r in evals], [r["loss"] for r in evals],
+      color="tab:orange", marker="o", markersize=4, label="held out",
+    )  # fmt: skip
+  values = [r["loss"] for r in [*train, *evals]]
+  if values and min(values) > 0:
+    axes.set_yscale("log")
+  axes.set(title="loss per supervised token", xlabel="step", ylabel="nats")
+  _finish(axes)
+
+
+def _accuracies(axes: Any, evals: Sequence[dict], key: str, title: str) -> None:
+  names = sorted({name for row in evals for name in row.get(key, {})})
+  styles = ["-", "--", ":"]
+  for k, name in enumerate(names):
+    points = [(r["step"], r[key][name]) for r in evals if name in r.get(key, {})]
+    # Ten colours; the line style tells apart the tasks past the tenth.
+    axes.plot(
+      *zip(*points), styles[k // 10 % 3], color=f"C{k % 10}", marker="o", markersize=3, label=name
+    )
+  axes.set(title=title, xlabel="step", ylabel="exact match", ylim=(-0.02, 1.02))
+  _finish(axes)
+
+
+def _finish(axes: Any) -> None:
+  axes.grid(alpha=0.3)
+  axes.spines[["top", "right"]].set_visible(False)
+  if axes.get_legend_handles_labels()[1]:
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -1,0 +1,204 @@
+"""Everything a run needs, built from its config and checked before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from regionjax import mesh as meshes
+from regionjax.config import Config, ConfigError
+from regionjax.train import workdir as workdirs
+from regionjax.train.checkpoint import CheckpointError, Checkpoints
+from regionjax.train.evals import Evaluator, held_out_batches
+from regionjax.train.ledger import Ledger
+from regionjax.train.optim import SCHEDULES, make_optimizer
+from regionjax.train.state import Params, TrainState, abstract, flatten_paths, make_init
+from regionjax.train.state import unflatten_paths
+from regionjax.train.step import Apply, make_train_step
+
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Run:
+  """A run that is ready to go on at `ledger.step`."""
+
+  config: Config
+  workdir: Path
+  mesh: Mesh
+  tokenizer: Any
+  pipeline: Any
+  train_step: Callable[..., Any]
+  evaluator: Evaluator | None
+  checkpoints: Checkpoints
+  state: TrainState
+  ledger: Ledger
+
+
+def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run:
+  """Builds a run, from its newest checkpoint if the folder holds one.
+
+  Raises:
+    ConfigError: settings that don't go together, or a work folder of another config.
+    CheckpointError: there are checkpoints and none is readable.
+  """
+  from regionjax.conversation import Renderer
+  from regionjax.data.pipeline import Pipeline
+  from regionjax.tokenizer import load_tokenizer
+
+  workdirs.check(workdir, config, log=log)
+  tokenizer = load_tokenizer(config.prompt.tokenizer)
+  check(config, mesh, tokenizer)
+  renderer = Renderer(config.prompt, config.model, tokenizer)
+  pipeline = Pipeline(config, renderer, host=jax.process_index(), hosts=jax.process_count())
+  apply, init = model_functions(config, tokenizer)
+  optimizer = make_optimizer(config.train)
+  build = make_init(config, init, optimizer)
+  same = meshes.replicated(mesh)
+  like = abstract(build, same)
+  given: Params = {}
+  if not any((workdir / "checkpoints").glob("[0-9]*")):
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    given = starting_params(config, shapes, tokenizer, log=log)
+  evaluator = None
+  if config.train.eval_every > 0:
+    evaluator = Evaluator(apply, held_out_batches(config, renderer), mesh)
+
+  workdirs.register(workdir, config)
+  checkpoints = Checkpoints(workdir, keep=config.train.keep, log=log)
+  restored = checkpoints.restore_latest(like)
+  if restored is None:
+    key = jax.random.key(config.train.seed)
+    state, ledger = jax.jit(build, out_shardings=same)(key, given), Ledger()
+  else:
+    state, record = restored
+    ledger = _resume(record, pipeline, tokenizer)
+    log(f"resuming at step {ledger.step} of {workdir}")
+  step = make_train_step(config, apply, optimizer, mesh)
+  return Run(
+    config, workdir, mesh, tokenizer, pipeline, step, evaluator, checkpoints, state, ledger
+  )
+
+
+def create_state(config: Config, tokenizer: Any, rng: jax.Array) -> TrainState:
+  """A fresh state on the default device."""
+  _, init = model_functions(config, tokenizer)
+  return jax.jit(make_init(config, init, make_optimizer(config.train)))(rng, {})
+
+
+def model_functions(
+  config: Config, tokenizer: Any
+) -> tuple[Apply, Callable[[jax.Array], Params]]:
+  """(params, batch) -> logits, and key -> params."""
+  from regionjax.models.params import init_params, model_for
+
+  model = model_for(
+    config.model,
+    image_slot_id=tokenizer.image_slot_id,
+    region_slot_id=tokenizer.region_slot_id,
+  )
+
+  def apply(params: Params, batch: Any) -> jax.Array:
+    return model.apply({"params": params}, batch)
+
+  return apply, lambda key: init_params(config.model, key)
+
+
+def check(config: Config, mesh: Mesh, tokenizer: Any) -> None:
+  """Raises ConfigError for settings that cannot run together."""
+  train, data, decoder = config.train, config.data, config.model.decoder
+  least = {
+    "steps": 1, "accumulate": 1, "keep": 1, "log_every": 1, "save_every": 0, "eval_every": 0,
+    "eval_examples": 1, "warmup_steps": 0, "stop_after_minutes": 0, "learning_rate": 0,
+  }  # fmt: skip
+  for name, low in least.items():
+    if not getattr(train, name) >= low:
+      raise ConfigError(f"train.{name}={getattr(train, name)}: expected at least {low}")
+  if train.schedule not in SCHEDULES:
+    raise ConfigError(f"train.schedule={train.schedule!r}: expected {' or '.join(SCHEDULES)}")
+  shards = meshes.row_shards(mesh)
+  if data.rows % (train.accumulate * shards):
+    raise ConfigError(
+      f"data.rows={data.rows} cannot be split into train.accumulate={train.accumulate} "
+      f"microbatches on {shards} devices; make it a multiple of {train.accumulate * shards}"
+    )
+  if data.tokens_per_row > decoder.max_length:
+    raise ConfigError(
+      f"data.tokens_per_row={data.tokens_per_row} exceeds model.decoder.max_length="
+      f"{decoder.max_length}"
+    )
+  if tokenizer.vocab_size > decoder.vocab_size:
+    raise ConfigError(
+      f"model.decoder.vocab_size={decoder.vocab_size} is less than the tokenizer's "
+      f"{tokenizer.vocab_size} (prompt.tokenizer={config.prompt.tokenizer!r})"
+    )
+  if config.model.region.features and tokenizer.region_slot_id < 0:
+    raise ConfigError(
+      f"model.region.kind={config.model.region.kind!r} needs a region slot token, and "
+      f"prompt.tokenizer={config.prompt.tokenizer!r} has none; use region.kind=text"
+    )
+
+
+def starting_params(config: Config, shapes: Params, tokenizer: Any, *, log: Log = print) -> Params:
+  """Parameters of the release `train.init_from`, fit for the model; {} without one.
+
+  Parts that the release lacks start fresh and parts that the model lacks are left out; both are
+  named through `log`.
+
+  Raises:
+    ConfigError: shapes differ (all of them are listed), nothing fits, or the tokenizers differ.
+  """
+  folder = config.train.init_from
+  if not folder:
+    return {}
+  from regionjax.weights import release
+
+  _, params, theirs = release.load(folder)
+  if theirs.fingerprint != tokenizer.fingerprint:
+    raise ConfigError(
+      f"train.init_from={folder}: its tokenizer ({theirs.fingerprint}) is another than "
+      f"prompt.tokenizer={config.prompt.tokenizer!r} ({tokenizer.fingerprint}), so its embeddings "
+      f"mean other tokens; set prompt.tokenizer={folder}"
+    )
+  given, wanted = flatten_paths(params), flatten_paths(shapes)
+  shared = sorted(given.keys() & wanted.keys())
+  wrong = [
+    f"  {path}: {given[path].shape} in the release, {wanted[path].shape} in the model"
+    for path in shared
+    if given[path].shape != wanted[path].shape
+  ]
+  if wrong:
+    raise ConfigError(f"train.init_from={folder} doesn't fit the model:\n" + "\n".join(wrong))
+  if not shared:
+    raise ConfigError(f"train.init_from={folder} holds no parameter of this model")
+  for what, paths in (
+    ("starts fresh, not in the release", wanted.keys() - given.keys()),
+    ("of the release is not in the model", given.keys() - wanted.keys()),
+  ):
+    if paths:
+      log(f"{', '.join(sorted(paths))} {what}")
+  return unflatten_paths({path: given[path] for path in shared})
+
+
+def record(run: Run) -> dict[str, Any]:
+  """The JSON part of a checkpoint."""
+  return {
+    "ledger": run.ledger.to_json(),
+    "data": run.pipeline.get_state(),
+    "tokenizer": run.tokenizer.fingerprint,
+  }
+
+
+def _resume(record: dict[str, Any], pipeline: Any, tokenizer: Any) -> Ledger:
+  if record["tokenizer"] != tokenizer.fingerprint:
+    raise CheckpointError(
+      f"the checkpoint was trained with another tokenizer (fingerprint {record['tokenizer']}, "
+      f"this one is {tokenizer.fingerprint}); put the old tokenizer file back"
+    )
+  pipeline.set_state(record["data"])
+  return Ledger(**record["ledger"])

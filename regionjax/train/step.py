@@ -1,0 +1,160 @@
+"""The train step and the eval step: pure functions, jitted once per run.
+
+Losses and counts leave the step as sums, never as means: accumulation and evaluation add them and
+divide once, so that every supervised token weighs the same wherever it was packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from regionjax.config import Config
+from regionjax.mesh import batch_sharding, replicated
+from regionjax.ops.losses import cross_entropy
+from regionjax.train.optim import learning_rate
+from regionjax.train.state import TrainState, merge
+
+Apply = Callable[[Any, Any], jax.Array]  # (params, batch) -> logits_btv
+
+
+def loss_sums(apply: Apply, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+  """Summed cross-entropy and summed weight of one (micro)batch, both float32 scalars."""
+  return cross_entropy(apply(params, batch), batch["targets_bt"], batch["loss_weights_bt"])
+
+
+def microbatches(batch: Any, count: int) -> Any:
+  """Splits rows [B, ...] into [count, B // count, ...], row r going to microbatch r % count.
+
+  Interleaved, not in blocks: every device then holds its share of every microbatch, and the split
+  moves no data between devices.
+  """
+  return jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
+  )
+
+
+def gradients(
+  apply: Apply, trainable: Any, frozen: Any, batch: Any, *, accumulate: int = 1
+) -> tuple[Any, jax.Array, jax.Array]:
+  """Gradients of the mean loss over the supervised tokens of the whole batch.
+
+  Args:
+    accumulate: microbatches, run one after the other; the sums of loss gradients and of weights
+      are added in float32 and divided once, so the result is that of the undivided batch.
+
+  Returns:
+    gradients (like `trainable`, float32), loss sum, weight sum.
+  """
+
+  def total(trainable: Any, part: Any) -> tuple[jax.Array, jax.Array]:
+    return loss_sums(apply, merge(trainable, frozen), part)
+
+  grad = jax.value_and_grad(total, has_aux=True)
+
+  if accumulate == 1:
+    (loss, weight), grads = grad(trainable, batch)
+  else:
+
+    def add(carry: Any, part: Any) -> tuple[Any, None]:
+      (loss, weight), grads = grad(trainable, part)
+      return jax.tree.map(jnp.add, carry, (loss, weight, grads)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jax.tree.map(jnp.zeros_like, trainable))
+    (loss, weight, grads), _ = jax.lax.scan(add, start, microbatches(batch, accumulate))
+  # A batch without a supervised token has a zero gradient, not a NaN.
+  scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+  return jax.tree.map(lambda g: g * scale, grads), loss, weight
+
+
+def counts(batch: Any) -> dict[str, jax.Array]:
+  """What one batch holds: LLM tokens (slots included), examples, images, regions; int32."""
+  segments = batch["segment_ids_bt"]
+  return {
+    "tokens": jnp.sum(segments > 0, dtype=jnp.int32),
+    "examples": jnp.sum(jnp.max(segments, axis=1), dtype=jnp.int32),
+    "images": jnp.sum(batch["image_mask_bk"], dtype=jnp.int32),
+    "regions": jnp.sum(batch["region_mask_br"], dtype=jnp.int32),
+  }
+
+
+def train_step(
+  config: Config, apply: Apply, optimizer: Any, state: TrainState, batch: Any, progress: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update. `progress` (float32 scalar in [0, 1]) drives the learning rate.
+
+  Returns:
+    The new state, and scalars: loss_sum, weight_sum, grad_norm, learning_rate, and `counts`.
+  """
+  grads, loss, weight = gradients(
+    apply, state.trainable, state.frozen, batch, accumulate=config.train.accumulate
+  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+  rate = learning_rate(config.train, state.step, progress)
+  trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)
+  metrics = {
+    "loss_sum": loss,
+    "weight_sum": weight,
+    "grad_norm": optax.global_norm(grads),
+    "learning_rate": rate,
+  } | counts(batch)
+  new = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+  return new, metrics
+
+
+def eval_step(
+  apply: Apply, answers: int, trainable: Any, frozen: Any, batch: Any
+) -> dict[str, jax.Array]:
+  """Loss and exactness of each answer, teacher-forced.
+
+  An answer counts as right when the arg-max of every one of its tokens, stop included, is the
+  target. That equals greedy generation giving exactly this answer: up to the first wrong token
+  both see the same prefix.
+
+  Args:
+    answers: at least the largest value of `answer_ids_bt`.
+
+  Returns:
+    loss_sum, weight_sum (float32 scalars), right_ba and present_ba (bool [B, answers]).
+  """
+  logits = apply(merge(trainable, frozen), batch)
+  loss, weight = cross_entropy(logits, batch["targets_bt"], batch["loss_weights_bt"])
+  ids = batch["answer_ids_bt"]
+  wrong = (jnp.argmax(logits, axis=-1) != batch["targets_bt"]) & (ids > 0)
+  spread = jax.nn.one_hot(ids - 1, answers, dtype=jnp.bool_)  # padding (-1) is all False
+  wrong_ba = jnp.any(spread & wrong[..., None], axis=1)
+  present_ba = jnp.any(spread, axis=1)
+  return {
+    "loss_sum": loss,
+    "weight_sum": weight,
+    "right_ba": present_ba & ~wrong_ba,
+    "present_ba": present_ba,
+  }
+
+
+def make_train_step(config: Config, apply: Apply, optimizer: Any, mesh: Mesh) -> Callable:
+  """`train_step` jitted on a mesh: (state, batch, progress) -> (state, metrics); donates state."""
+  same, rows = replicated(mesh), batch_sharding(mesh)
+
+  def step(state: TrainState, batch: Any, progress: jax.Array) -> Any:
+    return train_step(config, apply, optimizer, state, batch, progress)
+
+  return jax.jit(
+    step, in_shardings=(same, rows, same), out_shardings=(same, same), donate_argnums=0
+  )
+
+
+def make_eval_step(apply: Apply, answers: int, mesh: Mesh) -> Callable:
+  """`eval_step` jitted on a mesh: (trainable, frozen, batch) -> sums and flags."""
+  same, rows = replicated(mesh), batch_sharding(mesh)
+
+  def step(trainable: Any, frozen: Any, batch: Any) -> Any:
+    return eval_step(apply, answers, trainable, frozen, batch)
+
+  return jax.jit(step, in_shardings=(same, same, rows), out_shardings=same)

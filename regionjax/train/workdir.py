@@ -1,0 +1,68 @@
+"""Who may use a work folder: the run that made it, and nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from regionjax.config import Config, ConfigError
+from regionjax.config_files import difference, read_config, write_config
+
+CONFIG = "config.json"
+
+# What a run may change when it goes on: how long it is and how often it looks up. Everything else
+# would make the later part another experiment than the earlier one. A new `steps` or time limit
+# stretches the rest of the learning-rate schedule.
+MAY_CHANGE = (
+  "train.steps",
+  "train.stop_after_minutes",
+  "train.eval_every",
+  "train.eval_examples",
+  "train.save_every",
+  "train.log_every",
+  "train.keep",
+  "data.workers",
+  "data.prefetch",
+)
+
+
+def check(workdir: Path, config: Config, *, log: Callable[[str], None] = print) -> bool:
+  """Checks that a folder is free or belongs to a run with this config; writes nothing.
+
+  Returns:
+    Whether the run has been here before. Settings that may change and did are named through `log`.
+
+  Raises:
+    ConfigError: the folder belongs to another config (the differing keys are named), or holds
+      something else.
+  """
+  path = workdir / CONFIG
+  if workdir.exists() and not workdir.is_dir():
+    raise ConfigError(f"--workdir {workdir} is a file; name a folder")
+  if not path.exists():
+    if workdir.is_dir() and any(workdir.iterdir()):
+      raise ConfigError(
+        f"--workdir {workdir} is not empty and holds no run (no {CONFIG}); name another folder"
+      )
+    return False
+  changed = difference(read_config(path), config)
+  refused = {key: pair for key, pair in changed.items() if key not in MAY_CHANGE}
+  if refused:
+    lines = [f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in refused.items()]
+    raise ConfigError(
+      f"--workdir {workdir} belongs to a run with another config:\n"
+      + "\n".join(lines)
+      + f"\nName another folder, or take these settings back. May change: {', '.join(MAY_CHANGE)}"
+    )
+  for key, (old, new) in changed.items():
+    log(f"{key} was {old!r}, is now {new!r}")
+  return True
+
+
+def register(workdir: Path, config: Config) -> None:
+  """Makes the folder that of this config. Call it when the run is known to be able to start."""
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_config(workdir / CONFIG, config)

@@ -1,0 +1,64 @@
+"""Package metadata. Tool settings are in pyproject.toml.
+
+Lower bounds are the oldest releases that the tests have run with; an upper bound or an exclusion
+stands only where a release is known to break something, with the reason beside it.
+"""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "regionjax/__init__.py").read_text())
+
+INSTALL = [
+  "jax>=0.10",
+  "flax>=0.12",
+  "optax>=0.2.6",
+  "orbax-checkpoint>=0.11.30",
+  "grain>=0.2.14",
+  "ml-collections>=1.0",
+  "numpy>=1.26",
+  "pillow>=11",
+  "safetensors>=0.5",
+  "tokenizers>=0.21",
+  "transformers>=5",  # tokenizers of published models; never imported by a training step
+  "matplotlib>=3.9",
+  "tensorboardX>=2.6",
+]
+
+TEST = [
+  "pytest>=8",
+  "hypothesis>=6",
+  "ruff>=0.9",
+  "scikit-learn>=1.5",  # its sample photographs
+  "scikit-image>=0.24",  # its sample photographs
+  "sentencepiece>=0.2",  # oracle for the LLaMA tokenisation rule
+  "torch>=2.13,<2.14",  # oracle; the tolerances of the parity tests were set with 2.13
+  "nbformat>=5",
+  "nbclient>=0.10",
+  "ipykernel>=6",
+]
+
+setup(
+  name="regionjax",
+  version=VERSION.group(1),
+  description="Point at a part of an image and talk about it with a language model, in JAX",
+  long_description=(HERE / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["regionjax", "regionjax.*"]),
+  package_data={"regionjax": ["assets/*", "assets/*/*"]},
+  install_requires=INSTALL,
+  extras_require={
+    "test": TEST,
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda12": ["jax[cuda12]>=0.10"],
+    "tfds": ["tensorflow-datasets>=4.9", "array-record>=0.6"],
+    "serve": [],  # the HTTP server uses the standard library
+    "notebooks": ["jupyterlab>=4"],
+  },
+  entry_points={"console_scripts": ["regionjax = regionjax.cli:main"]},
+)
