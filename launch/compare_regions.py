@@ -104,9 +104,7 @@ def plot(cells: dict[str, list[dict[str, Any]]], path: Path, *, title: str) -> N
       curves = [np.asarray(run["curve"]) for run in runs if run["curve"]]
       for curve in curves:
         axes.plot(curve[:, column], 100 * curve[:, 2], color=f"C{k}", alpha=0.3, linewidth=0.8)
-      grid = np.linspace(
-        max(c[0, column] for c in curves), min(c[-1, column] for c in curves), 60
-      )
+      grid = np.linspace(max(c[0, column] for c in curves), min(c[-1, column] for c in curves), 60)
       mean = np.mean([np.interp(grid, c[:, column], c[:, 2]) for c in curves], axis=0)
       axes.plot(grid, 100 * mean, color=f"C{k}", linewidth=2, label=kind)
     axes.set(xlabel=label, ylabel="held-out exact match, %")

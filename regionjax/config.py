@@ -67,7 +67,7 @@ class VisionConfig:
   @classmethod
   def tiny(cls, **kw: Any) -> VisionConfig:
     defaults: dict[str, Any] = dict(
-      image_size=128, patch_size=16, width=128, layers=4, heads=2, mlp_width=512,
+      image_size=128, patch_size=16, width=128, layers=4, heads=2, mlp_width=384,
       activation="relu", select_layer=-1, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
     )  # fmt: skip
     return cls(**(defaults | kw))
@@ -105,7 +105,7 @@ class RegionConfig:
         kind=kind, layers=(1, 2, 3, 4), width=48, output_size=4, upsample=(4, 2, 1, 1),
         rounds=2, groups=8, position_width=64, token_width=128,
       )  # fmt: skip
-    return cls(kind=kind, layers=(1, 4), width=192, output_size=2, position_width=64)
+    return cls(kind=kind, layers=(1, 4), width=128, output_size=2, position_width=64)
 
   @property
   def features(self) -> str | None:
@@ -152,8 +152,8 @@ class DecoderConfig:
   @classmethod
   def tiny(cls, **kw: Any) -> DecoderConfig:
     defaults: dict[str, Any] = dict(
-      vocab_size=1024, width=160, layers=3, heads=2, kv_heads=2, head_dim=80, mlp_width=416,
-      activation="relu", tie_embeddings=True, max_length=512,
+      vocab_size=1024, width=160, layers=3, heads=5, kv_heads=5, head_dim=32, mlp_width=384,
+      activation="relu", rope_base=100.0, tie_embeddings=True, max_length=512,
     )  # fmt: skip
     return cls(**(defaults | kw))
 
@@ -174,6 +174,22 @@ class ModelConfig:
       raise ConfigError(
         f"region.kind={self.region.kind!r}: expected one of {', '.join(REGION_KINDS)}"
       )
+
+  def flops_per_example(
+    self,
+    *,
+    tokens: float,
+    images: float,
+    regions: float,
+    training: bool = True,
+    trainable: tuple[str, ...] | None = None,
+  ) -> float:
+    """Model FLOPs of one example; see `regionjax.flops.flops_per_example`."""
+    from regionjax import flops  # only this method needs the models
+
+    return flops.flops_per_example(
+      self, tokens=tokens, images=images, regions=regions, training=training, trainable=trainable
+    )
 
   @classmethod
   def gpt4roi_7b(cls) -> ModelConfig:

@@ -72,7 +72,9 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     try:
       _set(values, Config, key.split("."), text, key)
     except _UnknownKeyError as error:
-      raise ConfigError(f"unknown config key {key!r}{error}; {_near(key, flatten(values))}") from None
+      raise ConfigError(
+        f"unknown config key {key!r}{error}; {_near(key, flatten(values))}"
+      ) from None
   return from_dict(Config, values)
 
 

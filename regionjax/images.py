@@ -3,7 +3,7 @@
 | rule | what it does | whose |
 |---|---|---|
 | chatspot | squash to the size, bicubic with antialiasing | ChatSpot (square resize, no pad) |
-| gpt4roi | shortest edge bicubic, then the long side bilinear without antialiasing | GPT4RoI's demo |
+| gpt4roi | shortest edge bicubic, then the long side plain bilinear | GPT4RoI's demo |
 | hf | shortest edge bicubic, then the square in the middle | Hugging Face's CLIP processor |
 | letterbox | fit inside, bicubic, and pad evenly with the mean colour | |
 
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # Formats whose decoders are pure decoders: PIL would also run Ghostscript on an EPS file.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
 MAX_PIXELS = 64_000_000  # 192 MB decoded; a 60000 x 60000 header would ask for 10.8 GB
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
@@ -69,41 +69,39 @@ def decode(source: str | Path | bytes | BinaryIO, *, max_pixels: int = MAX_PIXEL
   try:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-    raise ImageError(f"{name}: too many pixels ({error}). {_shrink(max_pixels)}") from error
+    raise ImageError(f"{name}: far too many pixels ({error}); make it smaller") from error
   except Exception as error:  # decoders raise SyntaxError, struct.error, ... on odd headers
     raise ImageError(
       f"{name}: {len(data)} bytes that aren't a readable image ({type(error).__name__}); expected "
       f"one of {', '.join(FORMATS)}. Open it in a viewer and save it as PNG or JPEG"
     ) from error
-  width, height = image.size
+  kind, (width, height) = image.format, image.size
   if width * height > max_pixels:
     raise ImageError(
       f"{name}: {width} x {height} = {width * height / 1e6:.0f} million pixels. "
-      f"{_shrink(max_pixels)}"
+      f"At most {max_pixels / 1e6:.0f} million are read; make it smaller, or raise max_pixels"
     )
   try:
     image.load()
-    image = ImageOps.exif_transpose(image)
-    pixels = _to_rgb(image, name)
+    pixels = _to_rgb(_upright(image), name)
   except ImageError:
     raise
   except Exception as error:  # likewise, on damaged data
     raise ImageError(
-      f"{name}: {width} x {height} {image.format or ''} whose data is truncated or damaged "
+      f"{name}: {width} x {height} {kind} whose data is truncated or damaged "
       f"({error}); copy or download it again"
     ) from error
   return np.ascontiguousarray(pixels)
-
-
-def _shrink(max_pixels: int) -> str:
-  return f"At most {max_pixels / 1e6:.0f} million are read; make it smaller, or raise max_pixels"
 
 
 def _read(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
   if isinstance(source, (bytes, bytearray, memoryview)):
     return bytes(source)
   if not isinstance(source, (str, Path)):
-    return source.read()
+    data = source.read()
+    if not isinstance(data, bytes):
+      raise ImageError(f"{name}: expected a binary file, got text; open it with mode 'rb'")
+    return data
   if str(source).startswith(("http://", "https://")):
     raise ImageError(f"{name}: is a web address; download it and give the file")
   try:
@@ -112,6 +110,13 @@ def _read(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
     raise ImageError(f"{name}: no such file (looked in {Path.cwd()}); check the path") from error
   except (OSError, ValueError) as error:
     raise ImageError(f"{name}: cannot be read ({error}); expected an image file") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  try:
+    return ImageOps.exif_transpose(image)
+  except Exception:  # the pixels are good; damaged EXIF only means that no orientation is known
+    return image
 
 
 def _to_rgb(image: Image.Image, name: str) -> np.ndarray:

@@ -52,11 +52,11 @@ def check_config(prompt: PromptConfig, model: ModelConfig, tokenizer: Tokenizer)
     )
 
 
-def split_turns(example: Example) -> tuple[str, tuple[Turn, ...]]:
-  """(system text, the other turns), whose order is checked."""
-  turns = example.turns
-  system = turns[0].text if turns and turns[0].role == "system" else ""
-  turns = turns[1:] if system or (turns and turns[0].role == "system") else turns
+def split_turns(example: Example) -> tuple[str | None, tuple[Turn, ...]]:
+  """(the system turn's text, or None without one; the other turns, whose order is checked)."""
+  system, turns = None, example.turns
+  if turns and turns[0].role == "system":
+    system, turns = turns[0].text, turns[1:]
   for k, turn in enumerate(turns):
     wanted = ("user", "assistant")[k % 2]
     if turn.role != wanted:

@@ -22,7 +22,7 @@ from regionjax.mentions import Mention, parse
 from regionjax.prompt_checks import PromptError, asked_kind, check_config, name, split_turns
 from regionjax.prompt_writer import Encoded, Writer
 from regionjax.regions import FORMATS
-from regionjax.templates import TEMPLATES
+from regionjax.templates import TEMPLATES, Marks
 from regionjax.tokenizer import Tokenizer
 
 
@@ -47,9 +47,9 @@ class Renderer:
       for word in guard
       for start in ("segment", "inside")
     }
-    stop = Writer(tokenizer, behind=-1)
-    stop.marks(self.template.stop)
-    self._stop = tuple(int(i) for i in stop.encoded().ids)
+    self._stop = self._ids_of(self.template.stop)
+    self._end = self._ids_of(self.template.end)
+    self._answer_open = self._ids_of(self.template.answer_open)
     if not guard:
       enders.add(self._stop)
     self._own_stops = tuple(sorted(enders))
@@ -64,6 +64,12 @@ class Renderer:
           f"character of the stop {word!r}, so that text could not be told from it; use another "
           "template (plain, vicuna_v1, chatml)"
         )
+
+  def _ids_of(self, marks: Marks) -> tuple[int, ...]:
+    """The ids of marks that follow ordinary text."""
+    writer = Writer(self.tokenizer, behind=-1)
+    writer.marks(marks)
+    return tuple(map(int, writer.encoded().ids))
 
   def blank(self) -> Renderer:
     """The same, but regions are only named: what a model that ignores them would be given."""
@@ -87,15 +93,13 @@ class Renderer:
     writer = self._begin(system)
     prefix = self._image_prefix(example)
     for k in range(0, len(turns), 2):
-      question, answer = turns[k], turns[k + 1]
       before = writer.snapshot()
       if k:
         writer.marks(self.template.between)
-      self._user(writer, example, question, prefix=prefix, supervise=answer.supervise)
-      self._answer(writer, example, question, answer)
-      after = writer.snapshot()
-      self._end(writer, supervise=answer.supervise)
-      length = len(writer.ids)
+      supervise = turns[k + 1].supervise
+      self._user(writer, example, turns[k], prefix="" if k else prefix, supervise=supervise)
+      self._answer(writer, example, turns[k], turns[k + 1])
+      length = len(writer.ids) + len(self._end)
       if max_length is not None and length > max_length:
         if k == 0:
           raise PromptError(
@@ -103,11 +107,11 @@ class Renderer:
             f"limit is {max_length}; shorten them or raise the limit"
           )
         writer.roll_back(before)
-        self._end(writer, supervise=turns[k - 1].supervise)
+        supervise = turns[k - 1].supervise
         break
-      if k + 2 < len(turns):
-        writer.roll_back(after)
-      prefix = ""
+    if self._end:
+      writer.supervise(supervise and self.config.mask == "gpt4roi")
+      writer.raw(self._end)
     return writer.encoded()
 
   def prompt(self, example: Example) -> Encoded:
@@ -176,12 +180,13 @@ class Renderer:
 
   # The parts of a dialogue.
 
-  def _begin(self, system: str) -> Writer:
+  def _begin(self, system: str | None) -> Writer:
     writer = Writer(self.tokenizer)
     if self.tokenizer.bos_id >= 0:
       writer.added(self.tokenizer.bos_id)
     guard = self.template.guard if system else ()
-    system = system or self.template.system_text
+    if system is None:
+      system = self.template.system_text
     if system:
       writer.marks(self.template.system_open)
       for part in parse(system):
@@ -198,12 +203,15 @@ class Renderer:
     self, writer: Writer, example: Example, turn: Turn, *, prefix: str, supervise: bool = False
   ) -> None:
     """One user turn with the mark of the answer to come; `supervise` is that answer's flag."""
-    marks = self.template
-    writer.marks(marks.user_open)
+    writer.marks(self.template.user_open)
     self._content(writer, example, prefix + turn.text, role="user")
-    writer.marks(marks.user_close)
+    writer.marks(self.template.user_close)
     writer.supervise(supervise and self.config.mask == "gpt4roi")
-    writer.marks(marks.answer_open)
+    before = len(writer.ids)
+    writer.marks(self.template.answer_open)
+    writer.flush()
+    if len(writer.ids) == before:  # a mark of white space alone, dropped behind a slot
+      writer.raw(self._answer_open)
     writer.supervise(False)
 
   def _answer(self, writer: Writer, example: Example, question: Turn, turn: Turn) -> None:
@@ -215,11 +223,6 @@ class Renderer:
     if turn.supervise:
       task = turn.task or str(example.meta.get("task", ""))
       writer.answers.append((task, text, asked_kind(example, question)))
-
-  def _end(self, writer: Writer, *, supervise: bool) -> None:
-    writer.supervise(supervise and self.config.mask == "gpt4roi")
-    writer.marks(self.template.end)
-    writer.supervise(False)
 
   def _content(self, writer: Writer, example: Example, text: str, *, role: str) -> str:
     """Writes a turn's text with its images and regions; returns it as plain text."""

@@ -94,6 +94,6 @@ TEMPLATES: dict[str, Template] = {
       blank="",
     ),
     # As few tokens as a dialogue can do with: the tiny preset's.
-    Template(name="plain", system_close=("\n",), user_close=("\n",), stop=(EOS,)),
+    Template(name="plain", system_close=("\n",), answer_open=("\n",), stop=(EOS,)),
   )
 }

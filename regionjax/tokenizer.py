@@ -30,7 +30,9 @@ __all__ = ["CHATSPOT_TOKENS", "GPT4ROI_TOKENS", "Tokenizer", "TokenizerError", "
 GPT4ROI_TOKENS = ("[PAD]", "<im_patch>", "<bbox>", "<point>", "<im_start>", "<im_end>")
 CHATSPOT_TOKENS = ("[PAD]", "<im_patch>", "<im_start>", "<im_end>", "<box>", "</box>")
 
-_CACHE_SIZE = 1 << 16  # segments; about 20 MB when full of questions
+# Texts kept. Full of coordinates, which hardly ever recur, 8,192 take 30 MB; longer texts than the
+# system prompts aren't kept at all.
+_CACHE_SIZE, _CACHE_LONGEST = 1 << 13, 200
 
 
 class Tokenizer:
@@ -93,7 +95,8 @@ class Tokenizer:
 
   def cached_ids(self, text: str, guard: tuple[str, ...], start: str) -> tuple[int, ...]:
     """`encode_text` without the copy: results for recent texts are kept."""
-    return self._cached(text, guard, start)
+    encode = self._cached if len(text) <= _CACHE_LONGEST else self._encode
+    return encode(text, guard, start)
 
   def _encode(self, text: str, guard: tuple[str, ...], start: str) -> tuple[int, ...]:
     if start not in ("segment", "inside"):

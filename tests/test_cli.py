@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_our_errors_become_one_line(verb, capsys):
 
 
 def test_a_missing_file_becomes_one_line(verb, capsys):
-  verb(lambda args: open("/nowhere/at/all"))
+  verb(lambda args: Path("/nowhere/at/all").read_text())
   assert cli.main(["fake"]) == 2
   assert "/nowhere/at/all" in capsys.readouterr().err
 

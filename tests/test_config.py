@@ -64,7 +64,11 @@ def test_parameters_grow_with_scale():
     ("--train.steps=20", "train.steps", 20),
     ("--train.steps=2e4", "train.steps", 20000),
     ("--train.learning_rate=3e-4", "train.learning_rate", 3e-4),
-    ("--train.trainable=regions/.*,connector/.*", "train.trainable", ["regions/.*", "connector/.*"]),
+    (
+      "--train.trainable=regions/.*,connector/.*",
+      "train.trainable",
+      ["regions/.*", "connector/.*"],
+    ),
     ("--model.scan_layers=false", "model.scan_layers", False),
     ("--model.vision.image_size=(64, 96)", "model.vision.image_size", [64, 96]),
     ("--model.vision.image_size=64", "model.vision.image_size", 64),

@@ -87,12 +87,12 @@ class DecodePool:
 
   def submit(self, jobs: Sequence[DecodeJob]) -> Future[DecodedRow]:
     """A future of the decoded row; already done where there are no processes."""
-    if self._pool is not None:
-      return self._pool.submit(_decode_in_worker, tuple(jobs))
     future: Future[DecodedRow] = Future()
     try:
+      if self._pool is not None:
+        return self._pool.submit(_decode_in_worker, tuple(jobs))
       future.set_result(decode_row(jobs, self._frame))
-    except DataError as error:
+    except (DataError, BrokenProcessPool) as error:
       future.set_exception(error)
     return future
 

@@ -8,7 +8,7 @@ only then the object; yes and no are equally likely; letters and positions are d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regionjax.data import phrases
@@ -193,16 +193,18 @@ def compare(a: Asker) -> bool:
 
 def describe_uniquely(draw: Draw, thing: Thing, rivals: Sequence[Thing]) -> str | None:
   """A description with 'the' that fits the object and none of its rivals; None if all fit."""
-  ways: list[tuple[str, Callable[[Thing], Any]]] = [
-    (thing.category, lambda t: t.category),
-    (f"{thing.colour} object", lambda t: t.colour),
-    (f"{thing.texture} object", lambda t: t.texture),
-    (f"{thing.colour} {thing.category}", coloured),
-    (caption(thing)[2:], caption),
+  # Each way with the aspects that it names; plain isn't said, so it can't tell objects apart.
+  full = ("size", "colour", "category") + (("texture",) if thing.texture != "plain" else ())
+  ways: list[tuple[str, tuple[str, ...]]] = [
+    (thing.category, ("category",)),
+    (f"{thing.colour} object", ("colour",)),
+    (f"{thing.texture} object", ("texture",)),
+    (f"{thing.colour} {thing.category}", ("colour", "category")),
+    (caption(thing)[2:], full),
   ]
   # The shorter forms in any order, the full ones last, for what only they can tell apart.
-  for text, key in [*draw.shuffled(ways[:3]), *ways[3:]]:
-    if all(key(thing) != key(rival) for rival in rivals):
+  for text, named in [*draw.shuffled(ways[:3]), *ways[3:]]:
+    if all(any(value(thing, x) != value(rival, x) for x in named) for rival in rivals):
       return "the " + text
   return None
 
@@ -336,7 +338,9 @@ def rationale(a: Asker) -> bool:
   yes = "yes" if holds[k] else "no"
   stem = form.format(r=a.mention(k, kind), p=_predicate(aspect, claimed), y=yes)
   it = [f"it is {o}" for o in (right, *real, *made_up)]
-  _ask_letters(a, "rationale", aspect, stem, it[0], it[1 : 1 + len(real)], it[1 + len(real) :], kind)
+  _ask_letters(
+    a, "rationale", aspect, stem, it[0], it[1 : 1 + len(real)], it[1 + len(real) :], kind
+  )
   return True
 
 

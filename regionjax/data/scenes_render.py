@@ -148,7 +148,7 @@ def _ramp(draw: Draw, side: int) -> np.ndarray:
 @functools.cache
 def _noise_tile() -> np.ndarray:
   """float32 [_TILE, _TILE], mean 0 and deviation 1; RandomState's stream never changes."""
-  return np.random.RandomState(7).standard_normal((_TILE, _TILE)).astype(np.float32)  # noqa: NPY002
+  return np.random.RandomState(7).standard_normal((_TILE, _TILE)).astype(np.float32)
 
 
 def _noise(draw: Draw, side: int) -> np.ndarray:

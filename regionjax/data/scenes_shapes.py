@@ -27,7 +27,9 @@ Points = tuple[tuple[float, float], ...]
 def _star() -> Points:
   radii = (1.15, 0.48)
   angles = [math.pi * (k / 5 - 0.5) for k in range(10)]
-  return tuple((radii[k % 2] * math.cos(a), radii[k % 2] * math.sin(a)) for k, a in enumerate(angles))
+  return tuple(
+    (radii[k % 2] * math.cos(a), radii[k % 2] * math.sin(a)) for k, a in enumerate(angles)
+  )
 
 
 def _heart() -> Points:
@@ -57,6 +59,10 @@ POLYGONS: dict[str, Points] = {
     (0, -1.05), (1.02, -0.15), (0.75, -0.15), (0.75, 0.9), (0.24, 0.9), (0.24, 0.25),
     (-0.24, 0.25), (-0.24, 0.9), (-0.75, 0.9), (-0.75, -0.15), (-1.02, -0.15),
   ),
+  "fish": (
+    (1.06, 0), (0.86, 0.33), (0.3, 0.52), (-0.3, 0.41), (-0.57, 0.18), (-1.1, 0.62), (-0.9, 0),
+    (-1.1, -0.62), (-0.57, -0.18), (-0.3, -0.41), (0.3, -0.52), (0.86, -0.33),
+  ),
 }  # fmt: skip
 
 
@@ -79,18 +85,46 @@ def polygon_distance(x: np.ndarray, y: np.ndarray, corners: Points) -> np.ndarra
   return np.where(inside, -distance, distance)
 
 
+CIRCLE = 0.92  # radius
+RING = (0.73, 0.27)  # radius of the middle line, half the thickness
+CHORD = 1.03  # chords cut curves short; corners this much further out make up for the area
+MOON = (1.02, 0.82, 0.48)  # a disc of the first radius less one of the second, this far right of it
+
+
+def _arc(radius: float, x: float, first: float, last: float, n: int) -> Points:
+  """n points on a circle around (x, 0), from the first angle to the last, both included."""
+  steps = [first + (last - first) * k / (n - 1) for k in range(n)]
+  return tuple((x + radius * math.cos(t), radius * math.sin(t)) for t in steps)
+
+
+def _moon() -> Points:
+  outer, inner, x = MOON
+  tip = (outer**2 - inner**2 + x**2) / (2 * x)  # where the two circles meet
+  a, b = math.acos(tip / outer), math.acos((tip - x) / inner)
+  back = _arc(outer * CHORD, 0, a, 2 * math.pi - a, 8)
+  return back + _arc(inner * CHORD, x, 2 * math.pi - b, b, 6)[1:-1]
+
+
+@functools.cache
+def outline(category: str) -> Points:
+  """At most 12 corners around a shape, in radii; holes are not left out."""
+  if category in ("circle", "ring"):
+    radius = CIRCLE if category == "circle" else sum(RING)
+    return _arc(radius * CHORD, 0, 0, 2 * math.pi * 11 / 12, 12)
+  if category == "moon":
+    return _moon()
+  if category == "heart":
+    return tuple((x * CHORD, y * CHORD) for x, y in POLYGONS["heart"][::4])
+  return POLYGONS[category]
+
+
 def _distance(category: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
   if category == "circle":
-    return np.hypot(x, y) - 0.92
+    return np.hypot(x, y) - CIRCLE
   if category == "ring":
-    return np.abs(np.hypot(x, y) - 0.73) - 0.27
+    return np.abs(np.hypot(x, y) - RING[0]) - RING[1]
   if category == "moon":
-    return np.maximum(np.hypot(x, y) - 1.02, 0.82 - np.hypot(x - 0.48, y))
-  if category == "fish":
-    turns = [2 * math.pi * k / 28 for k in range(28)]
-    body = tuple((0.22 + 0.84 * math.cos(t), 0.52 * math.sin(t)) for t in turns)
-    tail = ((-0.35, 0.0), (-1.1, -0.62), (-0.9, 0.0), (-1.1, 0.62))
-    return np.minimum(polygon_distance(x, y, body), polygon_distance(x, y, tail))
+    return np.maximum(np.hypot(x, y) - MOON[0], MOON[1] - np.hypot(x - MOON[2], y))
   return polygon_distance(x, y, POLYGONS[category])
 
 

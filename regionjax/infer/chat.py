@@ -37,6 +37,9 @@ from regionjax.weights import release
 
 ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Any  # Any: a PIL image
 MAX_NEW_TOKENS = 96
+# Tokens of later turns that a dialogue's cache has room for from the start: growing it compiles the
+# decode program anew.
+ROOM_AHEAD = 256
 
 _MENTION = re.compile(r"<region(\d+)>")
 
@@ -120,7 +123,7 @@ class RegionChat:
     self.tokenizer = tokenizer
     self.renderer = Renderer(config.prompt, config.model, tokenizer)
     self.engine = Engine(
-      config.model, params, tokenizer, stop_ids=self.renderer.stop_ids, steps=steps
+      config.model, params, tokenizer, stop_sequences=self.renderer.stop_sequences, steps=steps
     )
     self.frame = Frame.of(config)
 
@@ -224,12 +227,14 @@ class Session:
   Attributes:
     images: uint8 [h, w, 3] each.
     turns: what was said, as (role, text) with people's `<region1>`.
+    answers: the assistant's turns in full.
   """
 
   def __init__(self, chat: RegionChat, images: Sequence[np.ndarray]) -> None:
     """Use `RegionChat.start`."""
     self.images = list(images)
     self.turns: list[tuple[str, str]] = []
+    self.answers: list[Answer] = []
     self._chat = chat
     prepared = [chat.frame.prepare(image) for image in images]
     self._transforms = [transform for _, transform in prepared]
@@ -278,8 +283,7 @@ class Session:
 
     `<region1>` is the dialogue's first region, so the regions given here go on counting.
     """
-    answer = Answer("")
-    for answer in self.stream(  # noqa: B007: only the last state of the answer matters
+    *_, answer = self.stream(
       text,
       regions,
       region_images=region_images,
@@ -287,8 +291,7 @@ class Session:
       top_p=top_p,
       seed=seed,
       max_new_tokens=max_new_tokens,
-    ):
-      pass
+    )
     return answer
 
   def stream(
@@ -320,17 +323,19 @@ class Session:
     self._mentioned |= {int(number) for number in _MENTION.findall(text)}
     turn = sum(role == "user" for role, _ in self.turns)
     self.turns.append(("user", text))
-    generation = Generation()
+    answer = Answer("")
     size = _size(self.images[0]) if self.images else None
     try:
       for (generation,) in self._chat.engine.decode(
         state, max_new_tokens=max_new_tokens, sampling=sampling, rows=[turn]
       ):
-        yield self._chat.answer(generation, size)
+        answer = self._chat.answer(generation, size)
+        yield answer
       self._state = state
     finally:
-      reply = self._conversation.answered(generation.ids)
-      self.turns.append(("assistant", reply))
+      self._conversation.answered(answer.ids)
+      self.turns.append(("assistant", answer.text))
+      self.answers.append(answer)
 
   def _with_mention(self, text: str, new: int) -> str:
     known = len(self.regions)
@@ -355,7 +360,8 @@ class Session:
       start=start,
     )
     if self._state is None:
-      return engine.prefill([piece], self._features, new_tokens=max_new_tokens)
+      room = max_new_tokens + ROOM_AHEAD
+      return engine.prefill([piece], self._features, new_tokens=room)
     state = self._state
     # Some tokens behind the stop may have been generated, or an interrupted answer's last missing.
     engine.rewind(state, [start])

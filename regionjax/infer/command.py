@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from regionjax.infer.sampling import Sampling
 from regionjax.regions import Region
 
 HELP = """\
-  box x1,y1,x2,y2    adds a region; likewise point x,y / polygon x1,y1,... / scribble / mask FILE.png
+  box x1,y1,x2,y2    adds a region; likewise point x,y, polygon x1,y1,..., scribble, mask FILE
   regions            lists the regions
   save FILE.png      writes the image with its regions and this dialogue
   new                starts a new dialogue about the same image
@@ -44,7 +45,13 @@ Everything else is a question. <region1> in it is the first region."""
 class _Append(argparse.Action):
   """Collects --box, --point, ... into one list, in the order of the command line."""
 
-  def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001
+  def __call__(
+    self,
+    parser: argparse.ArgumentParser,
+    namespace: argparse.Namespace,
+    values: Any,
+    option_string: str | None = None,
+  ) -> None:
     kind = (option_string or "").lstrip("-")
     namespace.regions = [*(namespace.regions or []), (kind, values)]
 
@@ -179,9 +186,9 @@ class Console:
 
   def save(self, path: Path) -> None:
     """Writes the image with its numbered regions and the dialogue beside it."""
-    from regionjax.draw import dialogue_card
+    from regionjax.infer.cards import session_card
 
-    dialogue_card(self._image, self._session.regions, self._session.turns).save(path)
+    session_card(self._session).save(path)
     print(f"wrote {path}")
 
 

@@ -1,7 +1,7 @@
 """The engine: encoded prompts in, ids and text out, on any number of rows.
 
-It pads everything to a few bucket sizes, so that the programs of `infer.programs` are compiled a few
-times and never again. It knows ids and arrays; templates and people's texts are `infer.chat`'s.
+It pads everything to a few bucket sizes, so that the programs of `infer.programs` are compiled a
+few times and never again. It knows ids and arrays; templates and people's texts are `infer.chat`'s.
 
 Axes: b rows, m distinct images, k images of a row, t tokens, r region slots of a row, n patches.
 """
@@ -25,7 +25,9 @@ from regionjax.models.params import model_for, unstack_layers
 from regionjax.models.region_lm import ImageFeatures
 
 GREEDY = Sampling()
-MAX_ROWS = 64  # rows of one batch in `generate`
+# Rows of one batch in `generate`: more than 64 gain nothing on two cores, and fewer where their
+# caches would exceed the bytes (a row of 512 tokens takes 256 MiB in the 7B model).
+MAX_ROWS, MAX_CACHE_BYTES = 64, 4 << 30
 
 
 class GenerationError(ValueError):
@@ -71,16 +73,13 @@ class State:
     cache: keys and values.
     logits_bv: float32, for the next token of each row.
     lengths: tokens of each real row in the cache; rows past them pad the batch.
+    room: tokens that a row of the cache can hold.
   """
 
   cache: Cache
   logits_bv: jax.Array
   lengths: np.ndarray
-
-  @property
-  def room(self) -> int:
-    """Tokens that a row of the cache can hold."""
-    return self.cache.k[0].shape[1]
+  room: int
 
 
 def bucket(size: int, smallest: int = 32) -> int:
@@ -113,7 +112,7 @@ class Engine:
     params: Any,
     tokenizer: Any,
     *,
-    stop_ids: Sequence[Sequence[int]] = (),
+    stop_sequences: Sequence[Sequence[int]] = (),
     stop_strings: Sequence[str] = (),
     steps: int = 16,
   ) -> None:
@@ -123,7 +122,7 @@ class Engine:
       config: the model.
       params: nested dict of arrays, layers stacked or not.
       tokenizer: decodes ids; gives the slots' ids.
-      stop_ids: sequences of ids that end an answer.
+      stop_sequences: sequences of ids, each of which ends an answer.
       stop_strings: texts that end an answer; they may begin and end inside a token.
       steps: tokens per dispatch.
     """
@@ -138,7 +137,7 @@ class Engine:
     )
     self._dtype = jnp.dtype(config.compute_dtype)
     self.params = jax.tree.map(self._place, unstack_layers(params))
-    self._stops = tuple(tuple(int(i) for i in stop) for stop in stop_ids if len(stop))
+    self._stops = tuple(tuple(int(i) for i in stop) for stop in stop_sequences if len(stop))
     self._stop_strings = tuple(stop_strings)
     # Single ids end a row inside a dispatch, longer stops are found between two. -1 is no id.
     single = [stop[0] for stop in self._stops if len(stop) == 1]
@@ -187,7 +186,7 @@ class Engine:
     rows = _power(len(prompts))
     cache = init_cache(self.config.decoder, rows, room, self._dtype)
     empty = np.zeros(len(prompts), np.int64)
-    return self._append(cache, empty, prompts, features)
+    return self._append(State(cache, jnp.zeros(()), empty, room), prompts, features)
 
   def extend(
     self, state: State, prompts: Sequence[Prompt], features: ImageFeatures, *, new_tokens: int
@@ -203,12 +202,12 @@ class Engine:
     """
     longest = max(int(n) + len(p.ids) for n, p in zip(state.lengths, prompts))
     room = self._room(longest, new_tokens)
-    cache = state.cache
     if room > state.room:
-      more = ((0, 0), (0, room - state.room), (0, 0), (0, 0))
-      k, v = (tuple(jnp.pad(x, more) for x in xs) for xs in (cache.k, cache.v))
-      cache = Cache(k, v, cache.length_b)
-    return self._append(cache, state.lengths, prompts, features)
+      rows = state.cache.length_b.shape[0]
+      larger = init_cache(self.config.decoder, rows, room, self._dtype)
+      cache = jax.tree.map(_pad_end, state.cache, larger)
+      state = dataclasses.replace(state, cache=cache, room=room)
+    return self._append(state, prompts, features)
 
   def rewind(self, state: State, lengths: Sequence[int]) -> None:
     """Forgets the end of each row: its cache keeps `lengths[b]` tokens. Logits become stale."""
@@ -288,17 +287,24 @@ class Engine:
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     answers: list[Generation] = [Generation()] * len(prompts)
-    for start in range(0, len(order), MAX_ROWS):
-      picked = order[start : start + MAX_ROWS]
+    rows = self._rows(max((len(p.ids) for p in prompts), default=0), max_new_tokens)
+    for start in range(0, len(order), rows):
+      picked = order[start : start + rows]
       state = self.prefill([prompts[i] for i in picked], features, new_tokens=max_new_tokens)
-      last: list[Generation] = []
-      for last in self.decode(  # noqa: B007: only the last state of the answers matters
-        state, max_new_tokens=max_new_tokens, sampling=sampling, rows=picked
-      ):
-        pass
+      *_, last = self.decode(state, max_new_tokens=max_new_tokens, sampling=sampling, rows=picked)
       for i, answer in zip(picked, last):
         answers[i] = answer
     return answers
+
+  def _rows(self, longest: int, new_tokens: int) -> int:
+    """Rows of a batch whose cache stays within MAX_CACHE_BYTES; a power of two."""
+    decoder = self.config.decoder
+    token = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * self._dtype.itemsize
+    fit = MAX_CACHE_BYTES // (token * self._room(longest, new_tokens))
+    rows = MAX_ROWS
+    while rows > max(fit, 1):
+      rows //= 2
+    return rows
 
   def _room(self, longest: int, new_tokens: int) -> int:
     limit = self.config.decoder.max_length
@@ -309,17 +315,15 @@ class Engine:
       )
     return min(bucket(longest + new_tokens, 64), limit)
 
-  def _append(
-    self, cache: Cache, lengths: np.ndarray, prompts: Sequence[Prompt], features: ImageFeatures
-  ) -> State:
-    arrays = self._pad(prompts, rows=cache.length_b.shape[0])
+  def _append(self, state: State, prompts: Sequence[Prompt], features: ImageFeatures) -> State:
+    arrays = self._pad(prompts, rows=state.cache.length_b.shape[0])
     # A later turn as a rule shows no image and often no region: then nothing is read for them.
     if not arrays.region_mask_br.any():
       features = features._replace(maps=None)
     if not (arrays.tokens_bt == self.tokenizer.image_slot_id).any():
       features = features._replace(tokens_bknd=None)
-    logits, cache = programs.prefill(self.model, self.params, features, arrays, cache)
-    return State(cache, logits, lengths + [len(p.ids) for p in prompts])
+    logits, cache = programs.prefill(self.model, self.params, features, arrays, state.cache)
+    return State(cache, logits, state.lengths + [len(p.ids) for p in prompts], state.room)
 
   def _pad(self, prompts: Sequence[Prompt], *, rows: int) -> programs.PromptArrays:
     t = bucket(max(len(p.ids) for p in prompts))
@@ -385,6 +389,10 @@ def find_stop(ids: Sequence[int], stops: Sequence[tuple[int, ...]]) -> tuple[int
       if end >= len(stop) and tuple(ids[end - len(stop) : end]) == stop:
         return end - len(stop), end
   return len(ids), len(ids)
+
+
+def _pad_end(array: jax.Array, larger: jax.Array) -> jax.Array:
+  return jnp.pad(array, [(0, n - m) for m, n in zip(array.shape, larger.shape)])
 
 
 def _power(size: int, smallest: int = 1) -> int:

@@ -2,8 +2,8 @@
 
 Each is compiled once per shape; the engine pads to buckets so that there are few shapes.
 
-Axes: b rows, m distinct images, k images of a row, t prompt tokens, r region slots of a row, s cache
-slots, v vocabulary, n tokens generated per dispatch.
+Axes: b rows, m distinct images, k images of a row, t prompt tokens, r region slots of a row, v
+vocabulary, n tokens generated per dispatch.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def prefill(
   return model.apply({"params": params}, method=run)
 
 
-@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("steps", "greedy"), donate_argnums=2)
+@functools.partial(
+  jax.jit, static_argnums=(0,), static_argnames=("steps", "greedy"), donate_argnums=2
+)
 def decode(
   model: RegionLM,
   params: Any,

@@ -94,9 +94,7 @@ def answer_examples(
       )
       for example in chunk
     ]
-    answers += engine.generate(
-      prompts, features, max_new_tokens=max_new_tokens, sampling=sampling
-    )
+    answers += engine.generate(prompts, features, max_new_tokens=max_new_tokens, sampling=sampling)
     if progress is not None:
       progress(len(answers))
   return answers

@@ -102,7 +102,5 @@ def _numbers(kind: str, text: str) -> list[float]:
   right = {"box": len(numbers) == 4, "point": len(numbers) == 2}
   even = len(numbers) % 2 == 0 and len(numbers) >= (6 if kind == "polygon" else 4)
   if not right.get(kind, even):
-    raise RegionError(
-      "shape", f"{kind} {text!r}: {len(numbers)} numbers; expected {KINDS[kind]}"
-    )
+    raise RegionError("shape", f"{kind} {text!r}: {len(numbers)} numbers; expected {KINDS[kind]}")
   return numbers

@@ -187,11 +187,10 @@ class Decoder(nn.Module):
   def logits(self, x_btd: Array) -> Array:
     """[B, T, D] to f32 logits [B, T, V]; rows that only pad the vocabulary get MASKED."""
     cfg = self.config
-    if cfg.tie_embeddings:
-      kernel, spec = self.embedding(), "btd,vd->btv"
-    else:
-      (kernel, _), spec = self.head(), "btd,dv->btv"
-    y_btv = jnp.einsum(spec, x_btd, kernel.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+    kernel = self.embedding().T if cfg.tie_embeddings else self.head()[0]
+    rows_xd = x_btd.reshape(-1, cfg.width)  # one matrix of all rows, as in mlp.linear
+    y_xv = jnp.matmul(rows_xd, kernel.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+    y_btv = y_xv.reshape(*x_btd.shape[:2], -1)
     if cfg.padded_vocab == cfg.vocab_size:
       return y_btv
     real_11v = (jnp.arange(cfg.padded_vocab) < cfg.vocab_size)[None, None, :]

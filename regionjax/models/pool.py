@@ -23,9 +23,7 @@ from regionjax.ops.roi_align import roi_align
 KINDS = 4  # 0 padding, 1 point, 2 box, 3 mask: the values of Batch.region_kind_br
 
 
-def cover_mean(
-  patches_bknc: jax.Array, cover_brn: jax.Array, image_br: jax.Array
-) -> jax.Array:
+def cover_mean(patches_bknc: jax.Array, cover_brn: jax.Array, image_br: jax.Array) -> jax.Array:
   """Mean of an image's patches weighted by how much of each a region covers.
 
   Args:

@@ -145,12 +145,8 @@ class PyramidEncoder(nn.Module):
     self.flatten = nn.Dense(c.token_width, dtype=self.dtype, kernel_init=small)
     self.position_0 = nn.Dense(c.position_width, dtype=self.dtype, kernel_init=small)
     self.position_1 = nn.Dense(c.token_width, dtype=self.dtype, kernel_init=small)
-    self.position_norm_0 = nn.LayerNorm(
-      epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype
-    )
-    self.position_norm_1 = nn.LayerNorm(
-      epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype
-    )
+    self.position_norm_0 = nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype)
+    self.position_norm_1 = nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype)
     self.output = nn.Dense(self.out_width, dtype=self.dtype, kernel_init=small)
 
   def maps(self, hidden: Sequence[jax.Array]) -> list[jax.Array]:

@@ -83,7 +83,7 @@ def attend_packed(q_bnth: Array, k_bkth: Array, v_bkth: Array, segment_ids_bt: A
 
 
 def packed_mask(segment_ids_bt: Array, *, start: int, end: int) -> Array:
-  """Which of the keys 0 .. end-1 the queries start .. end-1 may look at: [B, end-start, end] bool."""
+  """Which keys 0 .. end-1 the queries start .. end-1 may look at: [B, end-start, end] bool."""
   same = segment_ids_bt[:, start:end, None] == segment_ids_bt[:, None, :end]
   return same & (jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :])[None]
 

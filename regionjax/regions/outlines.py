@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from regionjax.regions.checks import Point
 from regionjax.regions.masks import Mask
 
 
@@ -69,6 +71,13 @@ def ring_area(ring: np.ndarray) -> float:
   """Signed area of a closed ring [N, 2]; positive when clockwise as seen, y down."""
   x, y = ring[:, 0], ring[:, 1]
   return float(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) / 2
+
+
+def spans_area(ring: Sequence[Point]) -> bool:
+  """Whether the vertices aren't all on one line (a bow tie isn't, though its signed area is 0)."""
+  x0, y0 = ring[0]
+  fx, fy = max(((x - x0, y - y0) for x, y in ring), key=lambda d: abs(d[0]) + abs(d[1]))
+  return any((x - x0) * fy != (y - y0) * fx for x, y in ring)
 
 
 def simplify(ring: np.ndarray, max_vertices: int | None, *, tolerance: float) -> np.ndarray:

@@ -83,34 +83,39 @@ class Region:
     cls, points: Iterable[XY], *more_rings: Iterable[XY], size: Size | None = None,
     nan: str = "error", outside: str = "error", empty: str = "error",
   ) -> Region:  # fmt: skip
-    """A closed outline of at least three vertices, or several, united; the first may not repeat.
+    """An outline of at least three vertices, or several, united; it closes by itself.
 
-    `outside='clip'` cuts the outline at the border (it doesn't move single vertices).
+    `outside='clip'` cuts the outlines at the border (it doesn't move single vertices) and leaves
+    out those wholly beyond it.
     """
     checks.check_policies(nan=nan, outside=outside, empty=empty)
     rings: list[Path] = []
+    gone: list[Path] = []
     for ring in (points, *more_rings):
-      what = "polygon"
-      vertices = checks.finite(checks.normalise(ring, size, what), what, nan)
+      vertices = checks.finite(checks.normalise(ring, size, "polygon"), "polygon", nan)
       if len(vertices) < 3:
         raise RegionError(
           "shape",
-          f"{what}: {len(vertices)} vertices; expected at least 3. Use Region.point for one pair "
+          f"polygon: {len(vertices)} vertices; expected at least 3. Use Region.point for one pair "
           "and Region.box for two",
         )
-      if not all(map(checks.is_inside, vertices)):
+      beyond = next((p for p in vertices if not checks.is_inside(p)), None)
+      if beyond is not None:
         if outside == "error":
-          raise checks.outside_error(
-            next(p for p in vertices if not checks.is_inside(p)), what, size
-          )
+          raise checks.outside_error(beyond, "polygon", size)
         cut = checks.clip_ring(vertices)
-        vertices = cut if len(cut) >= 3 else vertices if empty == "keep" else []
-      if vertices:
-        rings.append(tuple(map(checks.clamp, vertices)))
-    if empty == "error":
-      rings = [r for r in rings if abs(outlines.ring_area(np.array(r))) > 0]
-      if not rings:
+        # What lies beyond the border is clipped to edges along it, which enclose no area.
+        has_area = len(cut) >= 3 and outlines.ring_area(np.array(cut)) != 0
+        vertices = cut if has_area else vertices
+      else:
+        has_area = outlines.spans_area(vertices)
+      if not has_area and beyond is None and empty == "error":
         raise _no_area("polygon")
+      into = rings if has_area or beyond is None else gone
+      into.append(tuple(map(checks.clamp, vertices)))
+    if not rings and empty == "error":
+      raise _no_area("polygon")
+    rings = rings or gone
     return cls("polygon", rings[0], tuple(rings[1:]))
 
   @classmethod
@@ -127,6 +132,7 @@ class Region:
       raise RegionError("shape", f"scribble: width={width}; expected a positive number")
     brush = (float(width), float(width)) if size is None else (width / size[0], width / size[1])
     paths: list[Path] = []
+    gone: list[Path] = []
     for path in (points, *more_paths):
       vertices = checks.finite(checks.normalise(path, size, "scribble"), "scribble", nan)
       if len(vertices) < 2:
@@ -135,17 +141,17 @@ class Region:
           f"scribble: {len(vertices)} points; expected at least 2. Use Region.point for one",
         )
       pieces = [vertices]
-      if not all(map(checks.is_inside, vertices)):
+      beyond = next((p for p in vertices if not checks.is_inside(p)), None)
+      if beyond is not None:
         if outside == "error":
-          raise checks.outside_error(
-            next(p for p in vertices if not checks.is_inside(p)), "scribble", size
-          )
+          raise checks.outside_error(beyond, "scribble", size)
         pieces = checks.clip_path(vertices)
-        if not pieces and empty == "keep":
-          pieces = [vertices]
       paths += [tuple(map(checks.clamp, piece)) for piece in pieces]
-    if not paths:
+      if not pieces:
+        gone.append(tuple(map(checks.clamp, vertices)))
+    if not paths and empty == "error":
       raise _nothing_left("scribble")
+    paths = paths or gone
     return cls("scribble", paths[0], tuple(paths[1:]), brush=brush)
 
   @classmethod
@@ -214,6 +220,9 @@ class Region:
 
   def transform(self, t: ImageTransform, *, empty: str = "error") -> Region:
     """The same region on the resized image; what a crop cuts away is clipped.
+
+    A scribble is clipped by its path: of a stroke along the far side of the border, the half brush
+    that would reach in is lost.
 
     Args:
       t: what `images.preprocess` returned with the image.

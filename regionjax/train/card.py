@@ -39,12 +39,11 @@ def write_card(config: Config, summary: dict[str, Any], *, step: int) -> str:
     f"{short(tokens['llm'])} tokens (of them {short(tokens['image'])} of images, "
     f"{short(tokens['supervised'])} supervised), {summary['flops']:.3g} FLOPs",
     f"- {duration(summary['wall_seconds'])} on {summary['device']['count']} x "
-    f"{summary['device']['kind']}"
+    f"{summary['device']['kind']} ({summary['device']['host_cores']} CPU cores)"
     + (", ended by its time limit: not reproducible bit by bit" if summary["time_limited"] else ""),
     f"- seeds {summary['seeds']['train']} (model) and {summary['seeds']['data']} (data); "
     f"commit {commit}",
-    f"- weights of step {step}"
-    + (" (the best held-out loss)" if step != summary["steps"] else ""),
+    f"- weights of step {step}" + (" (the best held-out loss)" if step != summary["steps"] else ""),
     "",
     "## How well it does",
     "",

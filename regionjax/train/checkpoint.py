@@ -94,7 +94,7 @@ class Checkpoints:
     return None
 
   def restore_best(self, like: Any) -> tuple[int, Any] | None:
-    """(step, trainable parameters) of the best checkpoint; None if there is none or it's damaged."""
+    """(step, trainable parameters) of the best checkpoint; None without a readable one."""
     self._best.wait_until_finished()
     step = self._best.latest_step()
     if step is None:
@@ -141,9 +141,7 @@ def _save(manager: ocp.CheckpointManager, step: int, state: Any, record: dict[st
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-  args = ocp.args.Composite(
-    state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore()
-  )
+  args = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
   restored = manager.restore(step, args=args)
   state, record = restored["state"], dict(restored["record"])
   expected, found = record.pop("checksum", None), int(checksum(state))

@@ -92,11 +92,15 @@ class Evaluator:
 
 
 def held_out_config(source: SourceConfig) -> SourceConfig:
-  """The test split of a source; of `scenes` with one question per example, so that no answer
-  profits from an earlier answer in its dialogue. A source without splits is taken as it is."""
+  """The test split of a source; a source without splits is taken as it is.
+
+  Of `scenes` always the same ones, whatever the run's seed, so that runs can be compared; and one
+  question per example, so that no answer profits from an earlier answer in its dialogue.
+  """
   if source.name != "scenes":
     return source
-  return dataclasses.replace(source, args={**source.args, "split": "test", "turns": 1})
+  fixed = {"split": "test", "turns": 1, "seed": 0}
+  return dataclasses.replace(source, args={**source.args, **fixed})
 
 
 def held_out_batches(config: Config, renderer: Any) -> list[tuple[Any, Any]]:

@@ -81,9 +81,7 @@ def export(
   return folder
 
 
-def export_workdir(
-  workdir: Path, folder: Path, *, log: Callable[[str], None] = print
-) -> Path:
+def export_workdir(workdir: Path, folder: Path, *, log: Callable[[str], None] = print) -> Path:
   """Makes a release from a work folder, finished or not.
 
   Raises:
@@ -103,7 +101,9 @@ def export_workdir(
     like = abstract(build, jax.sharding.SingleDeviceSharding(device))
     restored = checkpoints.restore_latest(like)
     if restored is None:
-      raise ConfigError(f"{workdir} has no checkpoint yet (train.save_every={config.train.save_every})")
+      raise ConfigError(
+        f"{workdir} has no checkpoint yet (train.save_every={config.train.save_every})"
+      )
     state, record = restored
     ledger = Ledger(**record["ledger"])
     summary = summarize(config, state, ledger, devices=[device])

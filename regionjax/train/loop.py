@@ -60,6 +60,10 @@ def train(
 ) -> Outcome:
   """Trains, or goes on training, in a work folder.
 
+  With `train.stop_after_minutes` the steps, and with them the learning-rate schedule, end when the
+  time is up, compilation and evaluations included; the last evaluation and the export come after.
+  The clock drives such a run, so that it cannot be repeated bit by bit.
+
   Leaves there: config.json, checkpoints/, best/, metrics.jsonl, tensorboard/, and when finished
   curves.png, summary.json and release/.
 
@@ -75,10 +79,11 @@ def train(
     CheckpointError: no checkpoint of the folder is readable.
     DivergedError: the loss became NaN or infinite; earlier checkpoints are kept.
   """
+  begun = time.monotonic()
   progress = Progress() if progress is None else progress
   mesh = make_mesh() if mesh is None else mesh
   run = start(config, Path(workdir), mesh=mesh, log=progress.message)
-  loop = _Loop(run, progress)
+  loop = _Loop(run, progress, begun)
   try:
     stop = loop.run()
     if not loop.done:
@@ -97,13 +102,11 @@ def train(
 class _Loop:
   """Steps, evaluations, checkpoints and reports of one process's part of a run."""
 
-  def __init__(self, run: Run, progress: Progress) -> None:
+  def __init__(self, run: Run, progress: Progress, begun: float) -> None:
     self._run, self._progress = run, progress
     ledger = run.ledger
-    self._writer = MetricsWriter(
-      run.workdir, step=ledger.step, enabled=jax.process_index() == 0
-    )
-    self._clock = Clock(ledger.elapsed)
+    self._writer = MetricsWriter(run.workdir, step=ledger.step, enabled=jax.process_index() == 0)
+    self._clock = Clock(ledger.elapsed + time.monotonic() - begun)
     self._pending: tuple[int, dict[str, jax.Array], float] | None = None
     self._compiled = False
     self._paused = 0.0  # seconds of evaluations and saves since the last log
@@ -151,16 +154,21 @@ class _Loop:
   def _step(self) -> None:
     run, ledger = self._run, self._run.ledger
     before = time.monotonic()
-    batch, _ = next(run.pipeline)
+    try:
+      batch, _ = next(run.pipeline)
+    except Exception:  # an unreadable image, say: what was learned so far isn't lost
+      self._save()
+      run.checkpoints.wait()
+      raise
     self._waited += time.monotonic() - before
     share = np.float32(self.share)
     run.state, metrics = run.train_step(run.state, put_batch(batch, run.mesh), share)
     self._read()
     ledger.step += 1
     self._pending = (ledger.step, metrics)
-    if not self._compiled:  # rates and the estimate of what is left count from here
-      self._compiled = True
+    if not self._compiled:
       self._read()
+      self._compiled = True  # rates and the estimate of what is left count from here
       self._clock.begin(self.share)
       self._since = (time.monotonic(), dict(ledger.totals), ledger.step)
 
@@ -190,7 +198,7 @@ class _Loop:
     start, totals, first = self._since
     seconds = time.monotonic() - start - self._paused
     rates: dict[str, float] = {}
-    if step > first and seconds > 0:
+    if self._compiled and step > first and seconds > 0:
       speed = {name: (ledger.totals[name] - totals[name]) / seconds for name in totals}
       rates = {
         "tokens_per_second": speed["tokens"],
@@ -220,7 +228,7 @@ class _Loop:
     if "mfu" in rates:
       parts.append(f"MFU {rates['mfu']:.0%}")
     share = self.share
-    parts.append(f"ETA {duration(self._clock.remaining(share))}")
+    parts.append(f"ETA {duration(self._clock.remaining(share) if self._compiled else None)}")
     self._progress.update(step, self._run.config.train.steps, share, parts)
 
   def _evaluate(self) -> None:
@@ -246,5 +254,3 @@ class _Loop:
     self._run.ledger.elapsed = self._clock.elapsed
     self._run.checkpoints.save(self._run.ledger.step, self._run.state, record(self._run))
     self._paused += time.monotonic() - before
-
-

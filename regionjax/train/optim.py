@@ -13,6 +13,7 @@ from regionjax.train.state import flatten_paths, unflatten_paths
 
 SCHEDULES = ("cosine", "wsd")
 
+
 def decays(path: str) -> bool:
   """Whether weight decay applies to the parameter at `path` ('a/b/kernel').
 

@@ -56,8 +56,9 @@ def _losses(axes: Any, train: Sequence[dict], evals: Sequence[dict]) -> None:
       color="tab:orange", marker="o", markersize=4, label="held out",
     )  # fmt: skip
   values = [r["loss"] for r in [*train, *evals]]
-  if values and min(values) > 0:
+  if values and 0 < 10 * min(values) < max(values):
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
   axes.set(title="loss per supervised token", xlabel="step", ylabel="nats")
   _finish(axes)
 
@@ -79,4 +80,4 @@ def _finish(axes: Any) -> None:
   axes.grid(alpha=0.3)
   axes.spines[["top", "right"]].set_visible(False)
   if axes.get_legend_handles_labels()[1]:
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

@@ -1,4 +1,4 @@
-"""The progress line of a run: one line that redraws itself on a terminal, else a line per update."""
+"""The progress of a run: a line that redraws itself on a terminal, elsewhere a line per update."""
 
 from __future__ import annotations
 

@@ -17,8 +17,14 @@ from regionjax.train.checkpoint import CheckpointError, Checkpoints
 from regionjax.train.evals import Evaluator, held_out_batches
 from regionjax.train.ledger import Ledger
 from regionjax.train.optim import SCHEDULES, make_optimizer
-from regionjax.train.state import Params, TrainState, abstract, flatten_paths, make_init
-from regionjax.train.state import unflatten_paths
+from regionjax.train.state import (
+  Params,
+  TrainState,
+  abstract,
+  flatten_paths,
+  make_init,
+  unflatten_paths,
+)
 from regionjax.train.step import Apply, make_train_step
 
 Log = Callable[[str], None]
@@ -78,7 +84,7 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
   else:
     state, record = restored
     ledger = _resume(record, pipeline, tokenizer)
-    log(f"resuming at step {ledger.step} of {workdir}")
+    log(f"going on from step {ledger.step} in {workdir}")
   step = make_train_step(config, apply, optimizer, mesh)
   return Run(
     config, workdir, mesh, tokenizer, pipeline, step, evaluator, checkpoints, state, ledger
@@ -91,9 +97,7 @@ def create_state(config: Config, tokenizer: Any, rng: jax.Array) -> TrainState:
   return jax.jit(make_init(config, init, make_optimizer(config.train)))(rng, {})
 
 
-def model_functions(
-  config: Config, tokenizer: Any
-) -> tuple[Apply, Callable[[jax.Array], Params]]:
+def model_functions(config: Config, tokenizer: Any) -> tuple[Apply, Callable[[jax.Array], Params]]:
   """(params, batch) -> logits, and key -> params."""
   from regionjax.models.params import init_params, model_for
 
@@ -147,8 +151,8 @@ def check(config: Config, mesh: Mesh, tokenizer: Any) -> None:
 def starting_params(config: Config, shapes: Params, tokenizer: Any, *, log: Log = print) -> Params:
   """Parameters of the release `train.init_from`, fit for the model; {} without one.
 
-  Parts that the release lacks start fresh and parts that the model lacks are left out; both are
-  named through `log`.
+  Parts that the release lacks, or a region encoder of another kind, start fresh, and parts that the
+  model lacks are left out; both are named through `log`.
 
   Raises:
     ConfigError: shapes differ (all of them are listed), nothing fits, or the tokenizers differ.
@@ -158,13 +162,15 @@ def starting_params(config: Config, shapes: Params, tokenizer: Any, *, log: Log 
     return {}
   from regionjax.weights import release
 
-  _, params, theirs = release.load(folder)
+  source, params, theirs = release.load(folder)
   if theirs.fingerprint != tokenizer.fingerprint:
     raise ConfigError(
       f"train.init_from={folder}: its tokenizer ({theirs.fingerprint}) is another than "
       f"prompt.tokenizer={config.prompt.tokenizer!r} ({tokenizer.fingerprint}), so its embeddings "
       f"mean other tokens; set prompt.tokenizer={folder}"
     )
+  if source.model.region.features != config.model.region.features:
+    params.pop("regions", None)  # some of its names occur in the other kind too
   given, wanted = flatten_paths(params), flatten_paths(shapes)
   shared = sorted(given.keys() & wanted.keys())
   wrong = [

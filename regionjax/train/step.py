@@ -101,7 +101,7 @@ def train_step(
   metrics = {
     "loss_sum": loss,
     "weight_sum": weight,
-    "grad_norm": optax.global_norm(grads),
+    "grad_norm": optax.tree.norm(grads),
     "learning_rate": rate,
   } | counts(batch)
   new = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,7 @@ def summarize(
     "device": {
       "kind": devices[0].device_kind,
       "count": len(devices),
+      "host_cores": os.cpu_count(),
       "processes": jax.process_count(),
     },
     "versions": versions(),
@@ -103,7 +105,7 @@ def parameters(state: TrainState) -> dict[str, Any]:
 
 def git_state() -> dict[str, Any] | None:
   """Commit and whether files differ from it; None where the package isn't in a repository."""
-  folder = Path(__file__).parent
+  folder = Path(__file__).parents[1]
 
   def git(*words: str) -> str:
     done = subprocess.run(

@@ -16,7 +16,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -64,6 +65,8 @@ def save(
   folder = pathlib.Path(folder)
   if dtype not in DTYPES:
     raise ReleaseError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+  if folder.is_file():
+    raise ReleaseError(f"{folder} is a file; name a folder for the release")
   if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
     raise ReleaseError(
       f"{folder} holds files that are no release; choose an empty or new folder for this one"

@@ -1,8 +1,8 @@
 """The input pipeline: same batches whatever the hosts, workers and interruptions."""
 
-import _thread
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -323,7 +323,7 @@ def test_worker_processes_give_the_same_batches_and_states(make):
 def test_state_is_that_of_the_last_batch_handed_out(make):
   near, far = make(prefetch=1), make(prefetch=6)
   next(near), next(far)
-  deadline = time.monotonic() + 20
+  deadline = time.monotonic() + 90
   while far._queue.qsize() < 6:
     assert time.monotonic() < deadline
     time.sleep(0.01)
@@ -415,17 +415,24 @@ def test_an_example_that_cannot_be_drawn_is_named(make, pictures):
 
 
 def test_an_interrupted_wait_loses_no_batch(make, pictures):
-  gate = threading.Event()
+  asked, gate = threading.Event(), threading.Event()
 
   class Slow(Pictures):
     def __getitem__(self, i):
+      asked.set()
       gate.wait()
       return super().__getitem__(i)
 
+  def press_ctrl_c():
+    asked.wait()  # by then the main thread is inside next()
+    time.sleep(0.2)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    time.sleep(0.2)
+    gate.set()
+
   want = take(make(), 2)
   pipeline = make(given=[Slow(pictures)])
-  threading.Timer(0.3, _thread.interrupt_main).start()
-  threading.Timer(0.6, gate.set).start()
+  threading.Thread(target=press_ctrl_c).start()
   with pytest.raises(KeyboardInterrupt):
     next(pipeline)
   assert_same(take(pipeline, 2), want)
@@ -438,16 +445,18 @@ def test_a_dead_worker_is_explained():
     result(future)
 
 
-def test_a_dropped_pipeline_ends_its_thread(make, pictures, tokenizer):
+def test_a_dropped_pipeline_ends_its_thread(pictures, tokenizer):
+  def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "regionjax-data"]
+
   config = make_config()
-  before = threading.active_count()
   pipeline = Pipeline(
     config, Renderer(config.prompt, config.model, tokenizer), sources=[Pictures(pictures)]
   )
   next(pipeline)
-  assert threading.active_count() > before
+  assert len(threads()) == 1
   del pipeline
-  assert threading.active_count() == before
+  assert threads() == []
 
 
 def test_a_state_of_other_settings_is_refused(make, pictures):

@@ -69,20 +69,21 @@ def test_draws_stay_in_the_nucleus():
 def test_a_row_does_not_depend_on_its_batch():
   logits = jax.random.normal(jax.random.key(1), (6, 50))
   step = jnp.arange(6, dtype=jnp.int32)
-  draw = lambda n: sampling.sample(  # noqa: E731
-    logits[:n], sampling.row_keys(9, jnp.arange(n)), step[:n], temperature=1.0, top_p=0.9
-  )
+
+  def draw(n):
+    keys = sampling.row_keys(9, jnp.arange(n))
+    return sampling.sample(logits[:n], keys, step[:n], temperature=1.0, top_p=0.9)
+
   np.testing.assert_array_equal(draw(6)[:2], draw(2))
 
 
 def test_seeds_differ_and_repeat():
   logits = jnp.zeros((64, 100))
-  draw = lambda seed: np.asarray(  # noqa: E731
-    sampling.sample(
-      logits, sampling.row_keys(seed, jnp.arange(64)), jnp.zeros(64, jnp.int32),
-      temperature=1.0, top_p=1.0,
-    )
-  )  # fmt: skip
+
+  def draw(seed):
+    keys, step = sampling.row_keys(seed, jnp.arange(64)), jnp.zeros(64, jnp.int32)
+    return np.asarray(sampling.sample(logits, keys, step, temperature=1.0, top_p=1.0))
+
   np.testing.assert_array_equal(draw(0), draw(0))
   assert (draw(0) != draw(1)).mean() > 0.8
   assert len(np.unique(draw(0))) > 20  # rows of one batch draw differently

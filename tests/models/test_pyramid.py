@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regionjax.config import ModelConfig, RegionConfig, VisionConfig
+from regionjax.config import DecoderConfig, ModelConfig, RegionConfig, VisionConfig
 from regionjax.models.pyramid import PyramidEncoder
 from regionjax.models.region_encoders import make_region_encoder
 
@@ -100,9 +100,25 @@ def region_args(boxes, mask, image=None):
 
 
 @pytest.fixture(scope="module")
-def golden_maps(golden):
-  _, encoder, variables, hidden, _, _ = golden
-  return jax.jit(lambda h: encoder.apply(variables, h, method="maps"))(hidden)
+def run(golden):
+  """Everything that the golden figures speak of, from one program."""
+  _, encoder, variables, hidden, boxes, mask = golden
+
+  @jax.jit
+  def everything(variables, hidden):
+    def loss(hidden):
+      maps = encoder.apply(variables, hidden, method="maps")
+      tokens = encoder.apply(variables, maps, *region_args(boxes, mask), method="read")
+      squares = jnp.where(mask[..., None], tokens**2, 0.0)
+      loss = jnp.sum(jnp.sum(squares, (1, 2)) / (jnp.sum(mask, 1) * tokens.shape[-1]))
+      return loss, (maps, tokens)
+
+    grads, (maps, tokens) = jax.grad(loss, has_aux=True)(hidden)
+    image = jnp.zeros(mask.shape, jnp.int32)
+    crops = encoder.apply(variables, maps, boxes, image, mask, method="crop_tokens")
+    return maps, crops, tokens, grads
+
+  return everything(variables, hidden)
 
 
 def test_parameter_names_and_shapes_are_the_original_ones(golden):
@@ -111,55 +127,155 @@ def test_parameter_names_and_shapes_are_the_original_ones(golden):
   assert jax.tree.map(np.shape, abstract) == jax.tree.map(np.shape, variables)
 
 
-def test_fused_maps(golden, golden_maps):
-  data = golden[0]
-  assert [m.shape for m in golden_maps] == [(2, 1, s, s, 128) for s in (128, 64, 32, 16)]
-  for l, level in enumerate(golden_maps):
+def test_fused_maps(golden, run):
+  data, maps = golden[0], run[0]
+  assert [m.shape for m in maps] == [(2, 1, s, s, 128) for s in (128, 64, 32, 16)]
+  for l, level in enumerate(maps):
     corner = np.asarray(level)[:, 0, :6, :6, :8].transpose(0, 3, 1, 2)
     assert relative(corner, data[f"fused_{l}_corner"]) < 1e-4
     mean_abs = np.abs(np.asarray(level)).mean((1, 2, 3))
     assert relative(mean_abs, data[f"fused_{l}_mean_abs"]) < 1e-4
 
 
-def test_tokens(golden, golden_maps):
-  data, encoder, variables, _, boxes, mask = golden
-  crops = encoder.apply(
-    variables, golden_maps, boxes, jnp.zeros(mask.shape, jnp.int32), mask, method="crop_tokens"
-  )
+def test_tokens(golden, run):
+  data, mask = golden[0], np.asarray(golden[-1])
+  crops, tokens = np.asarray(run[1]), np.asarray(run[2])
   assert relative(crops[mask], data["after_flatten_linear"]) < 1e-4
-  tokens = encoder.apply(variables, golden_maps, *region_args(boxes, mask), method="read")
-  assert np.all(np.asarray(tokens)[~np.asarray(mask)] == 0)  # the padding rows hold NaN boxes
+  assert np.all(tokens[~mask] == 0)  # the padding rows hold NaN boxes
   for i in range(2):
     assert relative(tokens[i][mask[i]], data[f"tokens_{i}"]) < 1e-4
 
 
-def test_two_images_in_one_row_give_the_same_tokens(golden, golden_maps):
+def test_gradients(golden, run):
+  for l, g in enumerate(run[3]):
+    expected = float(golden[0][f"grad_features_{l}_norm"])
+    assert abs(float(jnp.linalg.norm(g)) - expected) < 1e-4 * expected
+
+
+def test_two_images_in_one_row_give_the_same_tokens(golden, run):
   data, encoder, variables, _, boxes, mask = golden
-  maps = [m.reshape(1, 2, *m.shape[2:]) for m in golden_maps]
-  order = jnp.array([4, 0, 5, 1, 6, 2, 7, 3])  # interleave the two images' boxes
-  boxes_18 = boxes.reshape(1, 8, 4)[:, order]
-  mask_18 = mask.reshape(1, 8)[:, order]
-  image_18 = (order // 4)[None].astype(jnp.int32)
-  tokens = encoder.apply(
-    variables, maps, *region_args(boxes_18, mask_18, image_18), method="read"
+  maps = [m.reshape(1, 2, *m.shape[2:]) for m in run[0]]
+  order = np.array([4, 0, 5, 1, 6, 2, 7, 3])  # interleave the two images' boxes
+  args = region_args(
+    boxes.reshape(1, 8, 4)[:, order],
+    mask.reshape(1, 8)[:, order],
+    jnp.asarray(order // 4, jnp.int32)[None],
   )
-  tokens = np.asarray(tokens)[0][np.argsort(order)].reshape(2, 4, -1)
+  read = jax.jit(lambda v, maps, args: encoder.apply(v, maps, *args, method="read"))
+  tokens = np.asarray(read(variables, maps, args))[0][np.argsort(order)].reshape(2, 4, -1)
   for i in range(2):
     assert relative(tokens[i][np.asarray(mask)[i]], data[f"tokens_{i}"]) < 1e-4
 
 
-def test_gradients(golden):
-  data, encoder, variables, hidden, boxes, mask = golden
+def abstract_params(config: ModelConfig) -> dict:
+  encoder = make_region_encoder(config)
+  s = jax.ShapeDtypeStruct
+  hidden = [
+    s((1, 1, config.vision.tokens, config.vision.width), jnp.float32) for _ in config.region.layers
+  ]
+  ints, mask = s((1, 2), jnp.int32), s((1, 2), jnp.bool_)
+  boxes, cover = s((1, 2, 4), jnp.float32), s((1, 2, config.vision.tokens), jnp.float32)
+  args = (boxes, ints, ints, mask, cover)
+  return jax.eval_shape(encoder.init, jax.random.key(0), hidden, *args)["params"]
 
-  @jax.jit
-  def grads(hidden):
-    def loss(hidden):
-      tokens = encoder.apply(variables, hidden, *region_args(boxes, mask))
-      squares = jnp.where(mask[..., None], tokens**2, 0.0)
-      return jnp.sum(jnp.sum(squares, (1, 2)) / (jnp.sum(mask, 1) * tokens.shape[-1]))
 
-    return jax.grad(loss)(hidden)
+def count(params) -> int:
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
-  for l, g in enumerate(grads(hidden)):
-    expected = float(data[f"grad_features_{l}_norm"])
-    assert abs(float(jnp.linalg.norm(g)) - expected) < 1e-4 * expected
+
+def test_published_parameter_counts():
+  seven = abstract_params(ModelConfig.gpt4roi_7b())
+  assert count(seven) == 299_142_912
+  # 13B, which the original code could not build, differs in the output layer's width alone.
+  assert count(abstract_params(ModelConfig.gpt4roi_13b())) - count(seven) == 1024 * 1025
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(seven))
+
+
+SMALL = ModelConfig(
+  name="small",
+  vision=VisionConfig(image_size=(32, 48), patch_size=8, width=24, layers=3),
+  region=RegionConfig(
+    layers=(1, 3), width=16, output_size=3, sampling_ratio=1, upsample=(2, 1), rounds=2,
+    groups=4, position_width=8, token_width=20,
+  ),
+  decoder=DecoderConfig.tiny(width=36),
+  compute_dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small():
+  rng = np.random.default_rng(0)
+  h, w = SMALL.vision.grid
+  hidden = [
+    jnp.asarray(rng.standard_normal((2, 2, h * w, SMALL.vision.width), dtype=np.float32))
+    for _ in SMALL.region.layers
+  ]
+  corners = np.sort(rng.uniform(0, 1, (2, 5, 2, 2)), axis=2).reshape(2, 5, 4)
+  mask = jnp.arange(5)[None, :] < jnp.array([[5], [3]])
+  image = jnp.asarray(rng.integers(0, 2, (2, 5)), jnp.int32)
+  cover = jnp.zeros((2, 5, h * w), jnp.float32)
+  encoder = make_region_encoder(SMALL)
+  args = (jnp.asarray(corners, jnp.float32), image, jnp.where(mask, 2, 0), mask, cover)
+  variables = jax.jit(encoder.init)(jax.random.key(0), hidden, *args)
+  return encoder, variables, hidden, args
+
+
+def loss(encoder, variables, hidden, args):
+  tokens = encoder.apply(variables, hidden, *args)
+  return jnp.sum(tokens.astype(jnp.float32) ** 2), tokens
+
+
+@pytest.fixture(scope="module")
+def small_run(small):
+  encoder, variables, hidden, args = small
+  run = jax.jit(jax.grad(lambda v: loss(encoder, v, hidden, args), has_aux=True))
+  return run(variables)
+
+
+def test_every_size_is_configuration(small, small_run):
+  """A grid that is not square, two levels, no width of the original."""
+  encoder, variables, hidden, _ = small
+  tokens = np.asarray(small_run[1])
+  assert tokens.shape == (2, 5, 36)
+  assert np.all(tokens[1, 3:] == 0) and np.all(tokens[0].any(-1))
+  maps_of = jax.jit(lambda hidden: encoder.apply(variables, hidden, method="maps"))
+  maps = maps_of(hidden)
+  assert [m.shape for m in maps] == [(2, 2, 4 * m, 6 * m, 16) for m in (2, 1)]
+  # One batch of images or one image at a time: images and rows don't see each other.
+  for a, b in zip(maps_of([x[1:, 1:] for x in hidden]), maps):
+    assert relative(a, np.asarray(b)[1:, 1:]) < 1e-5
+
+
+def test_recomputing_the_rounds_changes_no_gradient(small, small_run):
+  encoder, variables, hidden, args = small
+
+  def gradient(encoder):
+    return jax.jit(jax.grad(lambda v: loss(encoder, v, hidden, args)[0]))
+
+  recomputing = gradient(encoder.clone(remat="full"))
+  for a, b in zip(jax.tree.leaves(recomputing(variables)), jax.tree.leaves(small_run[0])):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max()))
+
+  def convolutions(f):
+    return str(jax.make_jaxpr(f)(variables)).count("conv_general_dilated[")
+
+  # Each of 2 rounds convolves 2 levels once more.
+  assert convolutions(recomputing) == convolutions(gradient(encoder)) + 2 * 2
+
+
+def test_bfloat16_stays_close(small, small_run):
+  encoder, variables, hidden, args = small
+  half = jax.jit(encoder.clone(dtype=jnp.bfloat16).apply)(variables, hidden, *args)
+  assert half.dtype == jnp.bfloat16
+  assert relative(half.astype(jnp.float32), np.asarray(small_run[1])) < 5e-2
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [(dict(layers=(1, 2, 3)), "region.upsample"), (dict(width=18), "region.groups=4")],
+)
+def test_bad_sizes(change, message):
+  region = dataclasses.replace(SMALL.region, **change)
+  with pytest.raises(ValueError, match=message):
+    abstract_params(dataclasses.replace(SMALL, region=region))

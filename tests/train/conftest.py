@@ -21,12 +21,14 @@ from regionjax.config import (
 IMAGE_SLOT, REGION_SLOT = 5, 6
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def micro():
   """A run of one decoder and one vision block on 32-pixel images, 4 rows of 128 tokens."""
   model = ModelConfig(
     name="micro",
-    vision=VisionConfig.tiny(image_size=32, patch_size=16, width=32, layers=1, heads=1, mlp_width=32),
+    vision=VisionConfig.tiny(
+      image_size=32, patch_size=16, width=32, layers=1, heads=1, mlp_width=32
+    ),
     region=dataclasses.replace(RegionConfig.tiny("pool"), layers=(1,), width=32, position_width=16),
     decoder=DecoderConfig.tiny(
       width=32, layers=1, heads=1, kv_heads=1, head_dim=32, mlp_width=32, max_length=128

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,9 @@ import numpy as np
 import pytest
 
 from regionjax.train.checkpoint import CheckpointError, Checkpoints, checksum
+
+# TensorStore leaves futures behind when a read fails half-way.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ DAMAGE = {
   "garbled array": lambda folder: garble(largest(folder)),
   "missing array": lambda folder: largest(folder).unlink(),
   "missing manifest": lambda folder: files(folder)["state/manifest.ocdbt"].unlink(),
-  "missing metadata": lambda folder: files(folder)["state/_METADATA"].unlink(),
+  "missing arrays": lambda folder: shutil.rmtree(folder / "checkpoints" / "3" / "state"),
   "missing record": lambda folder: files(folder)["record/metadata"].unlink(),
   "empty record": lambda folder: os.truncate(files(folder)["record/metadata"], 0),
 }
@@ -100,8 +104,6 @@ def test_a_damaged_checkpoint_is_passed_over(damage, folder, like, messages, sta
   DAMAGE[damage](folder)
   checkpoints = reopen(folder, messages)
   restored, record = checkpoints.restore_latest(like)
-  if damage == "missing metadata" and record == {"n": 3}:
-    pytest.skip("this orbax reads a checkpoint without that file")
   assert record == {"n": 2}
   assert int(restored["step"]) == 2
   (message,) = messages
@@ -111,6 +113,15 @@ def test_a_damaged_checkpoint_is_passed_over(damage, folder, like, messages, sta
   checkpoints.save(3, state, {"n": "again"})
   checkpoints.wait()
   assert checkpoints.restore_latest(like)[1] == {"n": "again"}
+
+
+def test_missing_metadata_is_never_fatal(folder, like, messages):
+  """Orbax describes a checkpoint in several places; whatever is left, some checkpoint is read."""
+  for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
+    files(folder)[name].unlink()
+  restored, record = reopen(folder, messages).restore_latest(like)
+  assert record == {"n": int(restored["step"])}
+  assert (record == {"n": 3}) == (messages == [])
 
 
 def test_changed_numbers_are_noticed(folder, like, messages, monkeypatch):

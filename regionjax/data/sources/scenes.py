@@ -58,7 +58,9 @@ class ScenesSource:
       )
     low, high = (turns, turns) if isinstance(turns, int) else turns
     if not 1 <= low <= high:
-      raise DataError(f"scenes turns {turns}: expected (least, greatest) with 1 <= least <= greatest")
+      raise DataError(
+        f"scenes turns {turns}: expected (least, greatest) with 1 <= least <= greatest"
+      )
     self.turns = (int(low), int(high))
 
   def __len__(self) -> int:
@@ -137,7 +139,9 @@ def load_scene(ref: ImageRef) -> np.ndarray:
     split, seed, index = ref.key.split("/")
     number, place = int(seed), int(index)
   except ValueError:
-    raise DataError(f"scene key {ref.key!r}: expected split/seed/index, as in 'test/0/17'") from None
+    raise DataError(
+      f"scene key {ref.key!r}: expected split/seed/index, as in 'test/0/17'"
+    ) from None
   width, height = ref.size or (128, 128)
   if width != height:
     raise DataError(f"scene of {width}x{height} pixels: scenes are square")

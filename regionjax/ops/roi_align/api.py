@@ -59,23 +59,31 @@ def roi_align(
   Raises:
     ValueError: shapes that do not fit, or an unknown implementation.
   """
+  features, boxes = jnp.asarray(features), jnp.asarray(boxes)
+  box_image = None if box_image is None else jnp.asarray(box_image)
+  valid = None if valid is None else jnp.asarray(valid)
   size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
   _check(features, boxes, size, sampling_ratio, box_image, valid, implementation)
+  return _run(features, boxes, box_image, valid, size, sampling_ratio, implementation)
+
+
+# One program also for callers outside of jit: a dozen small ones cost more than RoIAlign itself.
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _run(features, boxes, box_image, valid, output_size, sampling_ratio, implementation):
   if features.ndim == 4:
     features = features[:, None]
-  images = features.shape[1]
-  xyxy_br4 = jax.lax.stop_gradient(jnp.asarray(boxes, jnp.float32))
-  if box_image is None:
-    image_br = jnp.zeros(boxes.shape[:2], jnp.int32)
-  else:
-    image_br = jnp.asarray(box_image, jnp.int32)
-  valid_br = jnp.all(jnp.isfinite(xyxy_br4), axis=-1) & (image_br >= 0) & (image_br < images)
+  xyxy_br4 = jax.lax.stop_gradient(boxes.astype(jnp.float32))
+  image_br = jnp.zeros(boxes.shape[:2], jnp.int32)
+  valid_br = jnp.all(jnp.isfinite(xyxy_br4), axis=-1)
+  if box_image is not None:
+    image_br = box_image.astype(jnp.int32)
+    valid_br &= (image_br >= 0) & (image_br < features.shape[1])
   if valid is not None:
     valid_br &= valid
   prepared = Boxes(
     jnp.where(valid_br[..., None], xyxy_br4, 0.0), jnp.where(valid_br, image_br, 0), valid_br
   )
-  return _roi_align_jit(features, prepared, size, sampling_ratio, implementation)
+  return _roi_align(features, prepared, output_size, sampling_ratio, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -87,7 +95,7 @@ def _roi_align(
   implementation: str | None,
 ) -> jax.Array:
   kw = dict(output_size=output_size, sampling_ratio=sampling_ratio)
-  name = implementation or _fastest_on_cpu(features_bkhwc.shape, boxes, **kw)[0]
+  name = implementation or _fastest_on_cpu(features_bkhwc.shape, **kw)[0]
   return _dispatch("forward", name, implementation, (features_bkhwc, boxes), kw)
 
 
@@ -100,15 +108,16 @@ def _forward_rule(features_bkhwc, boxes, output_size, sampling_ratio, implementa
 
 def _backward_rule(output_size, sampling_ratio, implementation, residuals, cotangent_brpqc):
   boxes, empty = residuals
+  # Also when what follows sends NaN for a row that it masks, as a norm's gradient at zero does.
+  cotangent_brpqc = jnp.where(boxes.valid_br[:, :, None, None, None], cotangent_brpqc, 0)
   features = jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype)
   kw = dict(output_size=output_size, sampling_ratio=sampling_ratio)
-  name = implementation or _fastest_on_cpu(features.shape, boxes, **kw)[1]
+  name = implementation or _fastest_on_cpu(features.shape, **kw)[1]
   kw["features"] = features
   return _dispatch("backward", name, implementation, (cotangent_brpqc, boxes), kw), None
 
 
 _roi_align.defvjp(_forward_rule, _backward_rule)
-_roi_align_jit = jax.jit(_roi_align, static_argnums=(2, 3, 4))
 
 
 def _dispatch(direction: str, on_cpu: str, implementation: str | None, args, kw) -> jax.Array:
@@ -125,7 +134,7 @@ def _dispatch(direction: str, on_cpu: str, implementation: str | None, args, kw)
 
 
 def _fastest_on_cpu(
-  shape: tuple[int, ...], boxes: Boxes, *, output_size: tuple[int, int], sampling_ratio: int
+  shape: tuple[int, ...], *, output_size: tuple[int, int], sampling_ratio: int
 ) -> tuple[str, str]:
   """Names of the implementations for forward and backward, by estimated seconds per bin."""
   _, k, h, w, c = shape

@@ -69,26 +69,30 @@ def _backward_loop(
   output_size: tuple[int, int],
   sampling_ratio: int,
 ) -> jax.Array:
-  """Adds each bin's cotangent to its T*T cells in place, bin after bin, in float32."""
+  """Adds each bin's cotangent to its cells in place, in float32.
+
+  One step does the T column taps of one row tap: with all T*T unrolled the program takes twice as
+  long to compile and is no faster.
+  """
   b, k, h, w, c = features.shape
   y_brpt, wy_brpt, x_brqt, wx_brqt = _taps(boxes, features, output_size, sampling_ratio)
-  taps = y_brpt.shape[-1] ** 2
+  t = y_brpt.shape[-1]
   y_brpt += jnp.arange(b, dtype=jnp.int32)[:, None, None, None] * (k * h * w)
   cell_brpqtt = y_brpt[:, :, :, None, :, None] + x_brqt[:, :, None, :, None, :]
   weight_brpqtt = wy_brpt[:, :, :, None, :, None] * wx_brqt[:, :, None, :, None, :]
-  cell_mt, weight_mt = cell_brpqtt.reshape(-1, taps), weight_brpqtt.reshape(-1, taps)
+  cell_mt, weight_mt = cell_brpqtt.reshape(-1, t), weight_brpqtt.reshape(-1, t)
   g_mc = cotangent_brpqc.astype(jnp.float32).reshape(-1, c)
 
-  def add_bin(m, total_nc):
-    g_1c = jax.lax.dynamic_slice(g_mc, (m, 0), (1, c))
-    for t in range(taps):
-      at = (cell_mt[m, t], 0)
+  def add_row_tap(m, total_nc):
+    g_1c = jax.lax.dynamic_slice(g_mc, (m // t, 0), (1, c))
+    for i in range(t):
+      at = (cell_mt[m, i], 0)
       cell_1c = jax.lax.dynamic_slice(total_nc, at, (1, c))
-      total_nc = jax.lax.dynamic_update_slice(total_nc, cell_1c + weight_mt[m, t] * g_1c, at)
+      total_nc = jax.lax.dynamic_update_slice(total_nc, cell_1c + weight_mt[m, i] * g_1c, at)
     return total_nc
 
   total_nc = jnp.zeros((b * k * h * w, c), jnp.float32)
-  total_nc = jax.lax.fori_loop(0, g_mc.shape[0], add_bin, total_nc)
+  total_nc = jax.lax.fori_loop(0, cell_mt.shape[0], add_row_tap, total_nc)
   return total_nc.reshape(features.shape).astype(features.dtype)
 
 

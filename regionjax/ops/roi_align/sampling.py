@@ -46,8 +46,9 @@ def sample_positions(
   bin_br = ((hi_br * cells - 0.5) - start_br) / bins
   bin_br11, start_br11 = bin_br[..., None, None], start_br[..., None, None]
   p_11p1 = jnp.arange(bins, dtype=jnp.float32)[None, None, :, None]
-  s_111s = (jnp.arange(ratio, dtype=jnp.float32)[None, None, None, :] + 0.5) / ratio
-  pos_brps = start_br11 + p_11p1 * bin_br11 + s_111s * bin_br11
+  s_111s = jnp.arange(ratio, dtype=jnp.float32)[None, None, None, :] + 0.5
+  # torchvision's order of operations, so that both agree on which side of an edge a sample lies.
+  pos_brps = start_br11 + p_11p1 * bin_br11 + s_111s * bin_br11 / ratio
   inside_brps = (pos_brps >= -1.0) & (pos_brps <= cells)  # false for NaN and for overflow
   pos_brps = jnp.where(inside_brps, pos_brps, 0.0)
   return jnp.clip(pos_brps, 0.0, cells - 1.0), inside_brps

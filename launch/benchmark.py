@@ -1,0 +1,303 @@
+"""How fast regionjax is beside PyTorch on this machine.
+
+  python launch/benchmark.py [--only roi_align,vit,decoder,region_module] [--json FILE]
+      [--torchvision-python PATH] [--rounds N] [--full]
+
+Each case runs ours and theirs in turn, N rounds after a warm-up, and reports medians and their
+ratio: what else the machine does then hits both. PyTorch runs in a process of its own
+(`benchmark_torch.py`): this environment's, or for the cases that need torchvision the one whose
+interpreter `--torchvision-python` names. What is not installed is said and skipped. float32
+throughout, random weights of the same sizes, all cores. `--full` takes the region module at
+GPT4RoI's published size (2 TFLOP an image) instead of a quarter of its width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regionjax.config import DecoderConfig, ModelConfig, RegionConfig, VisionConfig
+from regionjax.models.decoder import Decoder, init_cache
+from regionjax.models.region_encoders import make_region_encoder
+from regionjax.models.vit import VisionTransformer
+from regionjax.ops.roi_align import roi_align
+
+Step = Callable[[], Any]
+ROI_SHAPES = ((16, 1024), (112, 256), (128, 1024))  # cells per side, channels
+ROI_BINS, ROI_RATIO = 14, 2
+
+
+class TorchWorker:
+  """A PyTorch process that builds and times one case at a time."""
+
+  def __init__(self, python: str):
+    script = Path(__file__).with_name("benchmark_torch.py")
+    self.process = subprocess.Popen(
+      [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+  def ask(self, **request: Any) -> dict:
+    assert self.process.stdin and self.process.stdout
+    try:
+      self.process.stdin.write(json.dumps(request) + "\n")
+      self.process.stdin.flush()
+      line = self.process.stdout.readline()
+    except BrokenPipeError:
+      line = ""
+    if not line:  # the process is gone: most often torch itself is missing
+      return dict(absent=f"torch does not run in {self.process.args[0]}")
+    return json.loads(line)
+
+  def close(self) -> None:
+    self.process.stdin.close()
+    self.process.wait()
+
+
+def random_boxes(count: int) -> np.ndarray:
+  """Boxes [count, 4] with sides from 5 to 65 % of the image, clipped to it."""
+  rng = np.random.default_rng(1)
+  centre, size = rng.random((count, 2)), rng.random((count, 2)) * 0.6 + 0.05
+  corners = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
+  return np.clip(corners, 0, 1).astype(np.float32)
+
+
+def random_like(shapes: Any) -> Any:
+  """Parameters of the given shapes: time does not depend on their values."""
+  rng = np.random.default_rng(0)
+  draw = lambda s: jnp.asarray(rng.standard_normal(s.shape, dtype=np.float32) * 0.02)  # noqa: E731
+  return jax.tree.map(draw, shapes)
+
+
+def count(params: Any) -> int:
+  return sum(x.size for x in jax.tree.leaves(params))
+
+
+def roi_align_cases():
+  """RoIAlign, forward and with its gradient, on the sizes that GPT4RoI's levels have."""
+  boxes = random_boxes(16)
+  run = lambda x: roi_align(  # noqa: E731
+    x, jnp.asarray(boxes)[None], output_size=ROI_BINS, sampling_ratio=ROI_RATIO
+  )
+  for side, channels in ROI_SHAPES:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, side, side, channels), dtype=np.float32))
+    ones = jnp.ones((1, 16, ROI_BINS, ROI_BINS, channels))
+
+    def forward_backward(x, ones):
+      out, transpose = jax.vjp(run, x)
+      return out, transpose(ones)
+
+    steps = dict(
+      forward=bind(run, x),
+      forward_backward=bind(forward_backward, x, ones),
+    )
+    sizes = dict(side=side, channels=channels, boxes=boxes.tolist(), bins=ROI_BINS, ratio=ROI_RATIO)
+    facts = dict(mean_abs=float(jnp.abs(run(x)).mean()))
+    yield f"{side}x{side}x{channels}, 16 boxes", sizes, steps, facts
+
+
+def vit_cases():
+  """CLIP's vision tower at the size of ViT-B/16, one image."""
+  config = VisionConfig(
+    image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072
+  )
+  model = VisionTransformer(config, scan_layers=False)
+  images = jax.random.normal(jax.random.key(0), (1, 224, 224, 3))
+  params = random_like(jax.eval_shape(model.init, jax.random.key(0), images))
+  sizes = dict(image=224, patch=16, width=768, layers=12, heads=12, mlp=3072)
+  steps = dict(forward=bind(model.apply, params, images))
+  yield "ViT-B/16, 224 px, batch 1", sizes, steps, dict(parameters=count(params))
+
+
+def decoder_cases():
+  """Greedy generation by a decoder of SmolLM2-135M's size, prefill included."""
+  prompt, new = 64, 32
+  config = DecoderConfig(
+    vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp_width=1536,
+    tie_embeddings=True,
+  )  # fmt: skip
+  model = Decoder(config, scan_layers=False)
+
+  def step(params, ids_bt, start, cache):
+    positions_bt = start + jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None]
+    x_btd = model.apply(params, ids_bt, method="embed")
+    x_btd, cache = model.apply(
+      params, x_btd, positions_bt=positions_bt, segment_ids_bt=jnp.ones_like(ids_bt), cache=cache
+    )
+    logits = model.apply(params, x_btd[:, -1:], method="logits")
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+  def generate(params, ids_bt):
+    token, cache = step(params, ids_bt, 0, init_cache(config, 1, prompt + new))
+    out = jnp.zeros((1, new), jnp.int32).at[:, :1].set(token)
+
+    def body(i, carry):
+      token, cache, out = carry
+      token, cache = step(params, token, prompt + i - 1, cache)
+      return token, cache, jax.lax.dynamic_update_slice(out, token, (0, i))
+
+    return jax.lax.fori_loop(1, new, body, (token, cache, out))[2]
+
+  ids = jnp.asarray(np.random.default_rng(0).integers(0, 49152, (1, prompt)), jnp.int32)
+
+  def initialise(key, ids_bt):
+    return model.init(key, ids_bt, method=_everything)
+
+  params = random_like(jax.eval_shape(initialise, jax.random.key(0), ids))
+  sizes = dict(
+    vocab=49152, width=576, layers=30, heads=9, kv_heads=3, mlp=1536, prompt=prompt, new=new
+  )
+  steps = dict(forward=bind(generate, params, ids))
+  yield f"135M LLaMA, {prompt}+{new} tokens", sizes, steps, dict(parameters=count(params))
+
+
+def _everything(model: Decoder, ids_bt: jax.Array) -> jax.Array:
+  """All of the decoder's parts, so that `init` declares every parameter."""
+  ones = jnp.ones_like(ids_bt)
+  x_btd, _ = model(model.embed(ids_bt), positions_bt=ones, segment_ids_bt=ones)
+  return model.logits(x_btd)
+
+
+def region_module_cases(full: bool):
+  """GPT4RoI's region module, one image with 8 boxes."""
+  region = RegionConfig() if full else RegionConfig(width=256)
+  config = ModelConfig(region=region, compute_dtype="float32")
+  encoder = make_region_encoder(config)
+  boxes = random_boxes(8)
+  key = jax.random.key(0)
+  hidden = [jax.random.normal(key, (1, 1, 256, config.vision.width)) for _ in region.layers]
+  zeros = jnp.zeros((1, 8), jnp.int32)
+  args = (jnp.asarray(boxes)[None], zeros, zeros + 2, zeros == 0, jnp.zeros((1, 8, 256)))
+  params = random_like(jax.eval_shape(encoder.init, key, hidden, *args))
+  sizes = dict(
+    boxes=boxes.tolist(), channels=config.vision.width, width=region.width,
+    out=config.decoder.width, grid=16, upsample=region.upsample, rounds=region.rounds,
+    groups=region.groups, bins=region.output_size, ratio=region.sampling_ratio,
+    position=region.position_width, token=region.token_width,
+  )  # fmt: skip
+  steps = dict(forward=bind(encoder.apply, params, hidden, *args))
+  yield f"width {region.width}, 8 boxes", sizes, steps, dict(parameters=count(params))
+
+
+def bind(f: Callable, *args: Any) -> Step:
+  """The jitted function on these arguments, waiting for its result."""
+  jitted = jax.jit(f)
+  return lambda: jax.block_until_ready(jitted(*args))
+
+
+def alternate(ours: Step, theirs: Callable[[], float] | None, rounds: int) -> tuple[float, ...]:
+  """Median seconds of ours and of theirs (nan without) over `rounds` turns, after a warm-up."""
+  times: tuple[list[float], list[float]] = ([], [])
+  for i in range(rounds + 1):
+    start = time.perf_counter()
+    ours()
+    seconds = time.perf_counter() - start
+    other = theirs() if theirs else float("nan")
+    if i:
+      times[0].append(seconds)
+      times[1].append(other)
+  return statistics.median(times[0]), statistics.median(times[1])
+
+
+def measure(name: str, case, worker: TorchWorker, rounds: int) -> list[dict]:
+  """One row per timed step of a case."""
+  title, sizes, steps, facts = case
+  made = worker.ask(make=name, sizes=sizes)
+  for key in ("mean_abs", "parameters"):
+    # The vision towers differ by the post-layernorm that GPT4RoI's never runs.
+    if key in made and key in facts and abs(made[key] / facts[key] - 1) > 1e-4:
+      raise RuntimeError(f"{name} {title}: {key} is {facts[key]} here and {made[key]} in PyTorch")
+  rows = []
+  for step, ours in steps.items():
+    theirs = None
+    if "absent" not in made:
+      theirs = lambda step=step: worker.ask(run=step)["seconds"]  # noqa: E731
+    ours_s, theirs_s = alternate(ours, theirs, rounds)
+    row: dict[str, Any] = dict(
+      case=name, size=title, step=step.replace("_", "+"), ours_ms=round(1e3 * ours_s, 2), **facts
+    )
+    if theirs:
+      row |= dict(
+        theirs_ms=round(1e3 * theirs_s, 2), ratio=round(theirs_s / ours_s, 2),
+        against=made["against"],
+      )  # fmt: skip
+    else:
+      row |= dict(theirs_ms=None, ratio=None, against=f"absent: {made['absent']}")
+    print(format_row(row), flush=True)
+    rows.append(row)
+  return rows
+
+
+def format_row(row: dict) -> str:
+  theirs = "-" if row["theirs_ms"] is None else f"{row['theirs_ms']:.1f}"
+  ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+  columns = (row["case"], row["size"], row["step"], f"{row['ours_ms']:.1f}", theirs, ratio)
+  return "{:<14} {:<26} {:<17} {:>9} {:>9} {:>8}  ".format(*columns) + row["against"]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  names = ("roi_align", "vit", "decoder", "region_module")
+  parser.add_argument("--only", default=",".join(names), help="comma-separated cases")
+  parser.add_argument("--json", type=Path, help="also write the table here")
+  parser.add_argument(
+    "--torchvision-python", default=sys.executable, metavar="PATH",
+    help="interpreter that has torch and torchvision (roi_align, region_module)",
+  )  # fmt: skip
+  parser.add_argument("--rounds", type=int, default=9, help="turns per case (default %(default)s)")
+  parser.add_argument("--full", action="store_true", help="region module at its published size")
+  args = parser.parse_args(argv)
+  args.only = args.only.split(",")
+  unknown = set(args.only) - set(names)
+  if unknown:
+    parser.error(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(names)}")
+  if args.rounds < 1:
+    parser.error(f"--rounds={args.rounds}: at least 1 is needed")
+  return args
+
+
+def main(argv: list[str] | None = None) -> None:
+  args = parse_arguments(argv)
+  # The bare command compares in one environment; torchvision may need one of its own.
+  pythons = dict(roi_align=args.torchvision_python, region_module=args.torchvision_python)
+  cases = dict(
+    roi_align=roi_align_cases,
+    vit=vit_cases,
+    decoder=decoder_cases,
+    region_module=lambda: region_module_cases(args.full),
+  )
+  header = ("case", "size", "step", "ours ms", "theirs ms", "ratio")
+  print("{:<14} {:<26} {:<17} {:>9} {:>9} {:>8}  against".format(*header))
+  rows = []
+  for name in args.only:
+    worker = TorchWorker(pythons.get(name, sys.executable))
+    try:
+      for case in cases[name]():
+        rows += measure(name, case, worker, args.rounds)
+    finally:
+      worker.close()
+  if args.json:
+    machine = dict(
+      processor=platform.processor() or platform.machine(), cores=os.cpu_count(),
+      python=platform.python_version(), jax=jax.__version__, device=str(jax.devices()[0]),
+    )  # fmt: skip
+    args.json.write_text(json.dumps(dict(machine=machine, rounds=args.rounds, rows=rows), indent=2))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,212 @@
+"""The PyTorch side of `benchmark.py`: runs in its own process, perhaps in another environment.
+
+Reads one JSON object per line, answers each with one:
+
+  {"make": NAME, ...sizes}  ->  {"ok": true, ...facts} or {"absent": why}
+  {"run": NAME}             ->  {"seconds": x}
+
+jax isn't imported here, nor torch in `benchmark.py`: neither library's threads disturb the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Step = Callable[[], object]
+
+
+def make_roi_align(*, side: int, channels: int, boxes: list, bins: int, ratio: int) -> dict:
+  """torchvision's RoIAlign on the same features and boxes as ours."""
+  import torchvision
+
+  rng = np.random.default_rng(0)
+  x_hwc = rng.standard_normal((side, side, channels), dtype=np.float32)
+  x = torch.from_numpy(np.ascontiguousarray(x_hwc.transpose(2, 0, 1)))[None].requires_grad_()
+  pixels = torch.tensor(boxes) * side
+  args = ([pixels], (bins, bins), 1.0, ratio, True)
+
+  def forward():
+    with torch.no_grad():
+      return torchvision.ops.roi_align(x, *args)
+
+  def forward_backward():
+    x.grad = None
+    out = torchvision.ops.roi_align(x, *args)
+    out.backward(torch.ones_like(out))
+
+  mean_abs = forward().abs().mean().item()
+  return dict(
+    forward=forward,
+    forward_backward=forward_backward,
+    facts=dict(against=f"torchvision {torchvision.__version__}", mean_abs=mean_abs),
+  )
+
+
+def make_vit(*, image: int, patch: int, width: int, layers: int, heads: int, mlp: int) -> dict:
+  """Hugging Face's CLIP vision tower, all hidden states returned."""
+  import transformers
+
+  config = transformers.CLIPVisionConfig(
+    image_size=image, patch_size=patch, hidden_size=width, num_hidden_layers=layers,
+    num_attention_heads=heads, intermediate_size=mlp,
+  )  # fmt: skip
+  model = transformers.CLIPVisionModel(config).eval()
+  pixels = torch.randn(1, 3, image, image)
+
+  def forward():
+    with torch.inference_mode():
+      return model(pixels, output_hidden_states=True)
+
+  return dict(forward=forward, facts=hugging_face(transformers, model))
+
+
+def make_decoder(
+  *, vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int, prompt: int, new: int
+) -> dict:
+  """Hugging Face's `generate`, greedy, with its default cache."""
+  import transformers
+
+  config = transformers.LlamaConfig(
+    vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+    num_key_value_heads=kv_heads, intermediate_size=mlp, tie_word_embeddings=True,
+  )  # fmt: skip
+  model = transformers.LlamaForCausalLM(config).eval()
+  ids = torch.randint(0, vocab, (1, prompt))
+
+  def forward():
+    with torch.inference_mode():
+      out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new,
+        max_new_tokens=new, pad_token_id=0,
+      )  # fmt: skip
+    assert out.shape[1] == prompt + new
+
+  return dict(forward=forward, facts=hugging_face(transformers, model))
+
+
+def hugging_face(transformers, model: nn.Module) -> dict:
+  against = f"transformers {transformers.__version__}, torch {torch.__version__}"
+  return dict(against=against, parameters=sum(p.numel() for p in model.parameters()))
+
+
+class RegionModule(nn.Module):
+  """A twin of our pyramid: same maps, same sizes, written the way PyTorch code is."""
+
+  def __init__(
+    self, *, channels, width, out, grid, upsample, rounds, groups, bins, ratio, position, token
+  ):
+    super().__init__()
+    self.sides = [grid * m for m in upsample]
+    self.grid, self.bins, self.ratio, self.width = grid, bins, ratio, width
+    levels = range(len(upsample))
+    self.inputs = nn.ModuleList(nn.Conv2d(channels + 2, width, 1) for _ in levels)
+    self.rounds = nn.ModuleList(
+      nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width), nn.ReLU()
+      )
+      for _ in range(rounds)
+    )
+    self.crops = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in levels)
+    self.flatten = nn.Linear(width * bins * bins, token)
+    self.position = nn.Sequential(
+      nn.Linear(4, position), nn.ReLU(), nn.LayerNorm(position),
+      nn.Linear(position, token), nn.ReLU(), nn.LayerNorm(token),
+    )  # fmt: skip
+    self.output = nn.Linear(token, out)
+
+  def forward(self, hidden: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
+    """Four [B, N, C] hidden states and [R, 5] boxes (image, normalised xyxy) to [R, out]."""
+    maps = [self.level(l, x) for l, x in enumerate(hidden)]
+    for block in self.rounds:
+      maps = [block(self.mix(maps, l)) for l in range(len(maps))]
+    total = sum(conv(self.crop(x, boxes)) for conv, x in zip(self.crops, maps))
+    tokens = self.flatten(F.relu(total).flatten(1))
+    return self.output(tokens + self.position(boxes[:, 1:]))
+
+  def level(self, l: int, x: torch.Tensor) -> torch.Tensor:
+    side = self.sides[l]
+    x = resize(x.transpose(1, 2).unflatten(2, (self.grid, self.grid)), side)
+    line = torch.linspace(-1, 1, side)
+    row, column = torch.meshgrid(line, line, indexing="ij")
+    place = torch.stack([column, row])[None].expand(len(x), -1, -1, -1)
+    return self.inputs[l](torch.cat([x, place], 1))
+
+  def mix(self, maps: list[torch.Tensor], l: int) -> torch.Tensor:
+    half, three_quarters = self.width // 2, self.width // 4 * 3
+    coarser, finer = maps[min(l + 1, len(maps) - 1)], maps[max(l - 1, 0)]
+    side = self.sides[l]
+    parts = [
+      maps[l][:, :half],
+      resize(coarser[:, three_quarters:], side),
+      resize(finer[:, half:three_quarters], side),
+    ]
+    return torch.cat(parts, 1)
+
+  def crop(self, x: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    import torchvision
+
+    scale = torch.tensor([1.0, *[x.shape[-1]] * 4])
+    return torchvision.ops.roi_align(x, boxes * scale, self.bins, 1.0, self.ratio, aligned=True)
+
+
+def resize(x: torch.Tensor, side: int) -> torch.Tensor:
+  if x.shape[-1] == side:
+    return x
+  return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
+
+
+def make_region_module(*, boxes: list, **sizes) -> dict:
+  import torchvision
+
+  model = RegionModule(**sizes).eval()
+  hidden = [torch.randn(1, sizes["grid"] ** 2, sizes["channels"]) for _ in sizes["upsample"]]
+  indexed = torch.cat([torch.zeros(len(boxes), 1), torch.tensor(boxes)], 1)
+
+  def forward():
+    with torch.inference_mode():
+      return model(hidden, indexed)
+
+  against = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+  parameters = sum(p.numel() for p in model.parameters())
+  return dict(forward=forward, facts=dict(against=against, parameters=parameters))
+
+
+MAKERS = {
+  "roi_align": make_roi_align,
+  "vit": make_vit,
+  "decoder": make_decoder,
+  "region_module": make_region_module,
+}
+
+
+def main() -> None:
+  torch.set_num_threads(os.cpu_count() or 1)
+  torch.manual_seed(0)
+  case: dict = {}
+  for line in sys.stdin:
+    request = json.loads(line)
+    if "make" in request:
+      case.clear()  # one case at a time in memory
+      try:
+        case.update(MAKERS[request["make"]](**request["sizes"]))
+        answer = dict(ok=True, **case["facts"])
+      except ImportError as error:
+        answer = dict(absent=str(error))
+    else:
+      start = time.perf_counter()
+      case[request["run"]]()
+      answer = dict(seconds=time.perf_counter() - start)
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,244 @@
+"""Model FLOPs of one example, by formula: what MFU and scaling laws divide by.
+
+Counted are multiplications and additions of matrix products and convolutions, two per pair.
+Causal attention counts half the square. Norms, softmax, activations, recomputation (remat) and
+padding are not counted. Resizing and RoIAlign are counted as the separable products they are
+written as.
+
+A forward pass costs a product once. Training adds one more for the gradient of its weights, where
+they are trained, and one for the gradient of its input, where something before it is trained: 6
+FLOPs per weight and token in all where everything trains, 2 in a frozen vision encoder, 4 in a
+frozen decoder behind a trained connector.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from regionjax.config import ConfigError, ModelConfig, RegionConfig
+
+
+class Work(NamedTuple):
+  """Forward FLOPs of a part, by what training adds to them.
+
+  Attributes:
+    first: products of weights with what comes from the part before.
+    inner: products of weights with activations made by this part's own weights.
+    fixed: products of those activations with constants (resizing, RoIAlign).
+    paired: products of such activations with each other (attention).
+  """
+
+  first: float = 0.0
+  inner: float = 0.0
+  fixed: float = 0.0
+  paired: float = 0.0
+
+  @property
+  def forward(self) -> float:
+    return sum(self)
+
+  def training(self, *, trained: bool, upstream: bool) -> float:
+    """FLOPs of the forward and backward pass.
+
+    Args:
+      trained: whether the part's weights are.
+      upstream: whether anything that feeds the part is.
+    """
+    through = trained or upstream
+    return (
+      self.first * (1 + trained + upstream)
+      + self.inner * (1 + trained + through)
+      + self.fixed * (1 + through)
+      + self.paired * (1 + 2 * through)
+    )
+
+
+def flops_per_example(
+  config: ModelConfig,
+  *,
+  tokens: float,
+  images: float,
+  regions: float,
+  training: bool = True,
+  trainable: Sequence[str] | None = None,
+) -> float:
+  """FLOPs of one example: forward, or forward and backward.
+
+  Args:
+    config: the model.
+    tokens: in the decoder, image and region slots included; a mean over examples may be fractional.
+    images: in the example.
+    regions: region slots filled with features; without effect when the model has no such features.
+    training: whether to count the backward pass.
+    trainable: regexes on whole parameter paths ('connector/.*'), as in `TrainConfig.trainable`;
+      None means that everything is trained.
+
+  Raises:
+    ConfigError: a malformed regex.
+  """
+  parts = flops_by_part(
+    config, tokens=tokens, images=images, regions=regions, training=training, trainable=trainable
+  )
+  return sum(parts.values())
+
+
+def flops_by_part(
+  config: ModelConfig,
+  *,
+  tokens: float,
+  images: float,
+  regions: float,
+  training: bool = True,
+  trainable: Sequence[str] | None = None,
+) -> dict[str, float]:
+  """As `flops_per_example`, split into 'vision', 'connector', 'regions', 'decoder' and 'head'."""
+  work = {
+    "vision": _scaled(_vision(config), images),
+    "connector": _scaled(_connector(config), images),
+    "regions": _regions(config, images, regions),
+    "decoder": _decoder(config, tokens),
+    "head": Work(first=2.0 * tokens * config.decoder.width * config.decoder.vocab_size),
+  }
+  if not training:
+    return {part: w.forward for part, w in work.items()}
+  trained = _trained_parts(config, tuple(trainable or (".*",)))
+  seen = "vision" in trained
+  features = seen or "connector" in trained or "regions" in trained or "embed" in trained
+  upstream = {
+    "vision": False,
+    "connector": seen,
+    "regions": seen,
+    "decoder": features,
+    "head": features or "decoder" in trained,
+  }
+  return {
+    part: w.training(trained=part in trained, upstream=upstream[part]) for part, w in work.items()
+  }
+
+
+def _scaled(work: Work, factor: float) -> Work:
+  return Work(*(factor * value for value in work))
+
+
+def _vision(config: ModelConfig) -> Work:
+  """One image through the blocks that run."""
+  from regionjax.models.region_lm import vision_depth
+
+  v = config.vision
+  depth, n = vision_depth(config), v.tokens + 1
+  return Work(
+    first=2.0 * v.tokens * 3 * v.patch_size**2 * v.width,
+    inner=2.0 * n * depth * (4 * v.width**2 + 2 * v.width * v.mlp_width),
+    paired=4.0 * n**2 * depth * v.width,
+  )
+
+
+def _connector(config: ModelConfig) -> Work:
+  """One image."""
+  n, c, d = config.vision.tokens, config.vision.width, config.decoder.width
+  return Work(first=2.0 * n * c * d, inner=2.0 * n * d * d * (config.connector.kind == "mlp"))
+
+
+def _regions(config: ModelConfig, images: float, regions: float) -> Work:
+  kind = config.region.features
+  if kind == "pool":
+    return _scaled(_pool_region(config), regions)
+  if kind == "pyramid":
+    per_image, per_region = _pyramid_image(config), _scaled(_pyramid_region(config), regions)
+    return Work(*(a + b for a, b in zip(_scaled(per_image, images), per_region)))
+  return Work()
+
+
+def _pool_region(config: ModelConfig) -> Work:
+  r, d = config.region, config.decoder.width
+  gh, gw = config.vision.grid
+  channels = config.vision.width * len(r.layers)
+  pooled = channels * (r.output_size**2 + 1)  # the bins, and the mean of the covered patches
+  return Work(
+    # The norm in front of the hidden layer is trained with it: its input gradient is needed.
+    inner=2.0 * (pooled * r.width + r.width * d + r.position_width * d),
+    first=2.0 * 8 * r.position_width,  # 4 coordinates and 4 kinds
+    fixed=2.0 * gh * gw * channels + _roi_align(r, gh, gw, channels),
+  )
+
+
+def _roi_align(r: RegionConfig, height: int, width: int, channels: int) -> float:
+  p = r.output_size
+  return 2.0 * p * width * channels * (height + p)
+
+
+def _resize(source: tuple[int, int], target: tuple[int, int], channels: int) -> float:
+  """Both axes as dense products, the one that shrinks most (or grows least) first."""
+  (h, w), (th, tw) = source, target
+  rows_first = 2.0 * channels * (h * th * w * (h != th) + th * w * tw * (w != tw))
+  columns_first = 2.0 * channels * (h * w * tw * (w != tw) + h * th * tw * (h != th))
+  return rows_first if th / h <= tw / w else columns_first
+
+
+def _levels(config: ModelConfig) -> list[tuple[int, int]]:
+  gh, gw = config.vision.grid
+  return [(gh * m, gw * m) for m in config.region.upsample]
+
+
+def _pyramid_image(config: ModelConfig) -> Work:
+  r, levels = config.region, _levels(config)
+  cells = sum(h * w for h, w in levels)
+  quarter = r.width // 4
+  shuffles = 0.0
+  for l, size in enumerate(levels):
+    shuffles += _resize(levels[min(l + 1, len(levels) - 1)], size, quarter)
+    shuffles += _resize(levels[max(l - 1, 0)], size, quarter)
+  return Work(
+    first=2.0 * len(levels) * config.vision.tokens * config.vision.width * r.width,
+    inner=2.0 * 9 * r.rounds * r.width**2 * cells,
+    fixed=sum(_resize(config.vision.grid, size, r.width) for size in levels) + r.rounds * shuffles,
+  )
+
+
+def _pyramid_region(config: ModelConfig) -> Work:
+  r, levels, bins = config.region, _levels(config), config.region.output_size**2
+  position = r.position_width * r.token_width
+  return Work(
+    first=2.0 * 4 * r.position_width,
+    inner=2.0 * 9 * r.width**2 * bins * len(levels)
+    + 2.0 * (bins * r.width * r.token_width + position + r.token_width * config.decoder.width),
+    fixed=sum(_roi_align(r, h, w, r.width) for h, w in levels),
+  )
+
+
+def _decoder(config: ModelConfig, tokens: float) -> Work:
+  d = config.decoder
+  heads = d.width * d.head_dim * (2 * d.heads + 2 * d.kv_heads)  # queries, output; keys, values
+  return Work(
+    inner=2.0 * tokens * d.layers * (heads + 3 * d.width * d.mlp_width),
+    paired=4.0 * (tokens**2 / 2) * d.layers * d.heads * d.head_dim,
+  )
+
+
+@functools.lru_cache(maxsize=32)
+def _trained_parts(config: ModelConfig, patterns: tuple[str, ...]) -> frozenset[str]:
+  """Parts of `flops_by_part`, and 'embed', that have a path which some pattern matches."""
+  if ".*" in patterns:
+    return frozenset(("vision", "connector", "regions", "embed", "decoder", "head"))
+  from regionjax.models.params import param_shapes
+
+  try:
+    compiled = [re.compile(pattern) for pattern in patterns]
+  except re.error as error:
+    raise ConfigError(f"trainable={patterns}: not a regex ({error})") from error
+  parts: set[str] = set()
+  for keys, _ in jax.tree_util.tree_flatten_with_path(param_shapes(config))[0]:
+    names = [key.key for key in keys]
+    if any(c.fullmatch("/".join(names)) for c in compiled):
+      part = names[0]
+      if part == "decoder" and names[1] in ("embed", "head"):
+        part = names[1]
+      parts.add(part)
+  if config.decoder.tie_embeddings and "embed" in parts:
+    parts.add("head")
+  return frozenset(parts)
