@@ -28,7 +28,7 @@ from regionjax.config_files import parse_arg
 
 
 def model(scale: float, region: str) -> ModelConfig:
-  """The tiny preset with its widths multiplied by `scale`; heads keep their width above 1."""
+  """The tiny preset with its widths multiplied by `scale`, by more or fewer heads as a rule."""
   if not 0 < scale <= 16:
     raise ConfigError(f"scale={scale}: expected a factor between 0 and 16, e.g. 0.5")
   base = ModelConfig.tiny(region)
@@ -41,8 +41,11 @@ def model(scale: float, region: str) -> ModelConfig:
   def depth(value: int) -> int:
     return max(2, round(value * scale ** (1 / 3)))
 
+  def heads_of(count: int) -> int:
+    return max(1, round(count * scale))
+
   vision, decoder, encoder = base.vision, base.decoder, base.region
-  heads = max(1, round(2 * scale))  # both have two heads at scale 1
+  seeing, heads = heads_of(vision.heads), heads_of(decoder.heads)
   head_dim = scaled(decoder.width / heads)
   layers = depth(vision.layers)
   if encoder.features:
@@ -57,9 +60,9 @@ def model(scale: float, region: str) -> ModelConfig:
     base,
     name=f"tiny_x{scale:g}",
     vision=VisionConfig.tiny(
-      width=heads * scaled(vision.width / heads),
+      width=seeing * scaled(vision.width / seeing),
       layers=layers,
-      heads=heads,
+      heads=seeing,
       mlp_width=scaled(vision.mlp_width),
     ),
     decoder=DecoderConfig.tiny(
@@ -85,7 +88,7 @@ def data(region: str, seed: int) -> DataConfig:
     rows=16,
     tokens_per_row=448 if written else 192,
     images_per_row=1,
-    regions_per_row=16,
+    regions_per_row=20,
     packing_bins=16,
     seed=seed,
   )
@@ -99,7 +102,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     prompt=PromptConfig(template="plain", mention="slot", coordinates="unit2", max_vertices=5),
     data=data(options.region, options.seed),
     train=TrainConfig(
-      steps=options.steps, seed=options.seed, learning_rate=2e-3 / options.scale**0.5
+      steps=options.steps, seed=options.seed, learning_rate=1e-3 / options.scale**0.5
     ),
   )
   return ConfigDict(to_dict(config))

@@ -14,6 +14,7 @@ GPT4RoI's published size (2 TFLOP an image) instead of a quarter of its width.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -62,7 +63,8 @@ class TorchWorker:
     return json.loads(line)
 
   def close(self) -> None:
-    self.process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # it may be gone already
+      self.process.stdin.close()
     self.process.wait()
 
 
@@ -198,8 +200,10 @@ def bind(f: Callable, *args: Any) -> Step:
   return lambda: jax.block_until_ready(jitted(*args))
 
 
-def alternate(ours: Step, theirs: Callable[[], float] | None, rounds: int) -> tuple[float, ...]:
-  """Median seconds of ours and of theirs (nan without) over `rounds` turns, after a warm-up."""
+def alternate(
+  ours: Step, theirs: Callable[[], float] | None, rounds: int
+) -> tuple[list[float], list[float]]:
+  """Seconds of ours and of theirs (nan without), `rounds` turns each, after a warm-up."""
   times: tuple[list[float], list[float]] = ([], [])
   for i in range(rounds + 1):
     start = time.perf_counter()
@@ -209,7 +213,7 @@ def alternate(ours: Step, theirs: Callable[[], float] | None, rounds: int) -> tu
     if i:
       times[0].append(seconds)
       times[1].append(other)
-  return statistics.median(times[0]), statistics.median(times[1])
+  return times
 
 
 def measure(name: str, case, worker: TorchWorker, rounds: int) -> list[dict]:
@@ -226,19 +230,22 @@ def measure(name: str, case, worker: TorchWorker, rounds: int) -> list[dict]:
     if "absent" not in made:
       theirs = lambda step=step: worker.ask(run=step)["seconds"]  # noqa: E731
     ours_s, theirs_s = alternate(ours, theirs, rounds)
-    row: dict[str, Any] = dict(
-      case=name, size=title, step=step.replace("_", "+"), ours_ms=round(1e3 * ours_s, 2), **facts
-    )
+    row: dict[str, Any] = dict(case=name, size=title, step=step.replace("_", "+"), **facts)
+    row |= dict(ours_ms=milliseconds(ours_s), ours_min_ms=milliseconds(ours_s, min))
     if theirs:
-      row |= dict(
-        theirs_ms=round(1e3 * theirs_s, 2), ratio=round(theirs_s / ours_s, 2),
-        against=made["against"],
-      )  # fmt: skip
+      row |= dict(theirs_ms=milliseconds(theirs_s), theirs_min_ms=milliseconds(theirs_s, min))
+      row["ratio"] = round(statistics.median(theirs_s) / statistics.median(ours_s), 2)
+      row["against"] = made["against"]
     else:
-      row |= dict(theirs_ms=None, ratio=None, against=f"absent: {made['absent']}")
+      row |= dict(theirs_ms=None, theirs_min_ms=None, ratio=None)
+      row["against"] = f"absent: {made['absent']}"
     print(format_row(row), flush=True)
     rows.append(row)
   return rows
+
+
+def milliseconds(seconds: list[float], of: Callable = statistics.median) -> float:
+  return round(1e3 * of(seconds), 2)
 
 
 def format_row(row: dict) -> str:
@@ -281,6 +288,12 @@ def main(argv: list[str] | None = None) -> None:
     decoder=decoder_cases,
     region_module=lambda: region_module_cases(args.full),
   )
+  cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+  if load > cores / 2:
+    print(
+      f"note: load average {load:.1f} on {cores} cores. Other work runs, which costs PyTorch more "
+      "than us (its threads wait for each other): repeat on a quiet machine before quoting ratios."
+    )
   header = ("case", "size", "step", "ours ms", "theirs ms", "ratio")
   print("{:<14} {:<26} {:<17} {:>9} {:>9} {:>8}  against".format(*header))
   rows = []
@@ -293,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
       worker.close()
   if args.json:
     machine = dict(
-      processor=platform.processor() or platform.machine(), cores=os.cpu_count(),
+      processor=platform.processor() or platform.machine(), cores=cores, load_average=load,
       python=platform.python_version(), jax=jax.__version__, device=str(jax.devices()[0]),
     )  # fmt: skip
     args.json.write_text(json.dumps(dict(machine=machine, rounds=args.rounds, rows=rows), indent=2))

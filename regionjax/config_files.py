@@ -172,7 +172,9 @@ def _get_config(path: Path, arg: str) -> Any:
 def _set(values: Any, hint: Any, keys: list[str], text: str, where: str) -> None:
   """Sets values[keys[0]][keys[1]]... in place; `hint` is the type of `values`."""
   key, rest = keys[0], keys[1:]
+  node: Any = values
   child: Any
+  slot: Any
   if isinstance(hint, type) and dataclasses.is_dataclass(hint):
     hints = typing.get_type_hints(hint)
     if key not in hints:
@@ -185,16 +187,16 @@ def _set(values: Any, hint: Any, keys: list[str], text: str, where: str) -> None
   else:  # a free mapping, such as the arguments of a source
     child, slot = Any, key
   if rest:
-    if child is Any and not isinstance(values.get(slot), Mapping):
+    if child is Any and not isinstance(node.get(slot), Mapping):
       raise _UnknownKeyError(f": {slot!r} has no parts")
     if child in (int, float, str, bool):
       raise _UnknownKeyError(f": {slot!r} is one value, not a group")
-    _set(values[slot], child, rest, text, where)
+    _set(node[slot], child, rest, text, where)
   elif isinstance(child, type) and dataclasses.is_dataclass(child):
     fields = ", ".join(f.name for f in dataclasses.fields(child))
     raise ConfigError(f"{where} is a group of settings; set one of its keys: {fields}")
   else:
-    values[slot] = parse_value(child, text, where)
+    node[slot] = parse_value(child, text, where)
 
 
 def _near(key: str, known: Mapping[str, Any]) -> str:

@@ -25,8 +25,6 @@ from regionjax.data.schema import SLOT, Example
 if TYPE_CHECKING:
   from regionjax.infer.chat import RegionChat
 
-SEED = 1  # of the scenes, as in `regionjax evaluate`; training keeps the best of its steps on seed 0
-
 
 @dataclasses.dataclass(frozen=True)
 class Card:
@@ -83,20 +81,17 @@ def run(args: argparse.Namespace) -> int:
   if args.out.exists() and not args.out.is_dir():
     raise DataError(f"--out {args.out}: it is a file; name a folder")
 
-  from regionjax.data.sources.scenes import ScenesSource
-  from regionjax.evaluate.accuracy import collect
-  from regionjax.evaluate.command import scenes_args
   from regionjax.evaluate.protocol import evaluate, progress_line
   from regionjax.evaluate.report import bar_chart
+  from regionjax.evaluate.scenes import scenes_questions
   from regionjax.infer.chat import load
 
   chat = load(args.checkpoint)
   args.out.mkdir(parents=True, exist_ok=True)
   print(f"{len(CARDS)} pictures and {args.n} questions about scenes the model has never seen")
   captions = [make_card(chat, card, args.out) for card in CARDS]
-  source = ScenesSource(**scenes_args("test", SEED))
   title = f"{chat.config.name}: unseen scenes, unseen handwritten digits"
-  report = evaluate(chat, collect(source, args.n), title=title, progress=progress_line)
+  report = evaluate(chat, scenes_questions(args.n), title=title, progress=progress_line)
   table = report.table()
   bar_chart(report, args.out / "summary.png")
   (args.out / "table.txt").write_text(table, encoding="utf-8")
@@ -122,6 +117,7 @@ def make_card(chat: RegionChat, card: Card, out: Path) -> str:
   from regionjax.data.sources import load_image
   from regionjax.data.sources.scenes import ScenesSource
   from regionjax.evaluate.accuracy import is_right, questions_of
+  from regionjax.evaluate.scenes import SEED
   from regionjax.infer.cards import session_card
 
   source = ScenesSource(

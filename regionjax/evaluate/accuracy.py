@@ -92,10 +92,10 @@ def _literal(text: str) -> str:
   return "".join(part for part in parse(text) if isinstance(part, str))
 
 
-def collect(source: Any, n: int) -> list[Question]:
-  """The questions of a source's first examples, until there are at least `n` (or no more)."""
+def collect(source: Any, n: int, *, start: int = 0) -> list[Question]:
+  """The questions of a source's examples from `start` on, until there are at least `n`."""
   questions: list[Question] = []
-  for i in range(len(source)):
+  for i in range(start, len(source)):
     if len(questions) >= n:
       break
     questions += questions_of(source[i])
@@ -140,15 +140,20 @@ def iou(a: Region, b: Region) -> float:
 
 
 def constant_chance(questions: Iterable[Question]) -> float:
-  """Accuracy of the best single answer to all these questions: what ignoring everything scores.
+  """Accuracy of one answer for each task, the best in hindsight: what looking at nothing scores.
 
   Candidates are the questions' own answers, places included.
   """
-  items = list(questions)
-  if not items:
-    return 0.0
+  tasks: dict[str, list[Question]] = {}
+  for question in questions:
+    tasks.setdefault(question.task, []).append(question)
+  count = sum(map(len, tasks.values()))
+  return sum(map(_most_right, tasks.values())) / count if count else 0.0
+
+
+def _most_right(items: Sequence[Question]) -> int:
+  """How many of the questions the best single answer is right for."""
   texts = {normalise(a): a for q in items for a in q.accepted}
   places = list(dict.fromkeys(q.place for q in items if q.place is not None))
   best = max((sum(is_right(q, a) for q in items) for a in texts.values()), default=0)
-  best = max(best, max((sum(is_right(q, "", [p]) for q in items) for p in places), default=0))
-  return best / len(items)
+  return max(best, max((sum(is_right(q, "", [p]) for q in items) for p in places), default=0))

@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from regionjax.config import SourceConfig
 from regionjax.data.errors import DataError
 from regionjax.data.sources import SOURCES, make_source
+
+if TYPE_CHECKING:
+  from regionjax.evaluate.accuracy import Question
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,19 +50,13 @@ def run(args: argparse.Namespace) -> int:
   for path in (args.json, args.chart):
     if path is not None and not path.parent.is_dir():
       raise DataError(f"{path}: there is no folder {path.parent}")
-  source = make_source(SourceConfig(args.source, args=_source_args(args)))
 
-  from regionjax.evaluate.accuracy import collect
   from regionjax.evaluate.protocol import evaluate, progress_line
   from regionjax.evaluate.report import bar_chart
   from regionjax.infer.chat import load
 
-  if hasattr(source, "report"):
-    print(source.report)
+  questions = _questions(args)
   chat = load(args.checkpoint)
-  questions = collect(source, args.n)
-  if not questions:
-    raise DataError(f"source {args.source}: it holds no question with a known answer")
   what = args.source if args.source != "scenes" else f"scenes, {args.split} split, seed {args.seed}"
   report = evaluate(chat, questions, title=f"{chat.config.name} on {what}", progress=progress_line)
   print(report.table())
@@ -71,27 +68,21 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def scenes_args(
-  split: str, seed: int, tasks: list[str] | None = None, *, image_size: int = 128
-) -> dict[str, Any]:
-  """Arguments of a ScenesSource for evaluation: one question per scene, all tasks alike."""
-  from regionjax.data.scenes_dialogue import TASKS
+def _questions(args: argparse.Namespace) -> list[Question]:
+  from regionjax.evaluate.accuracy import collect
+  from regionjax.evaluate.scenes import scenes_questions
 
-  weights = dict.fromkeys(TASKS if tasks is None else tasks, 1.0)
-  return {
-    "split": split, "seed": seed, "tasks": weights, "turns": (1, 1), "image_size": image_size,
-  }  # fmt: skip
-
-
-def _source_args(args: argparse.Namespace) -> dict[str, Any]:
   if args.source == "scenes":
     for name in ("annotations", "images", "strict"):
       if getattr(args, name):
         raise DataError(f"--{name} belongs to --source coco")
     tasks = [t.strip() for t in args.tasks.split(",") if t.strip()] if args.tasks else None
-    return scenes_args(args.split, args.seed, tasks)
+    return scenes_questions(args.n, split=args.split, seed=args.seed, tasks=tasks)
   if not args.annotations or not args.images:
     raise DataError(f"--source {args.source} needs --annotations FILE and --images FOLDER")
   if args.tasks:
     raise DataError("--tasks belongs to --source scenes")
-  return {"annotations": args.annotations, "images": args.images, "strict": args.strict}
+  fields = {"annotations": args.annotations, "images": args.images, "strict": args.strict}
+  source = make_source(SourceConfig(args.source, args=fields))
+  print(getattr(source, "report", ""))
+  return collect(source, args.n)

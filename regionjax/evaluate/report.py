@@ -33,7 +33,7 @@ class Row:
   Attributes:
     name: of the task or of the kind of reference.
     total, correct: questions and right answers.
-    chance: accuracy of the best single answer.
+    chance: accuracy of the best single answer to each task.
     dependent: questions whose answer depends on the region; the next three are about these only.
     dependent_correct: right answers to them.
     blanked_correct: right answers to them of the model that isn't shown the regions.
@@ -186,7 +186,7 @@ class Report:
     lines += [
       "",
       "accuracy: answers that equal the right one but for case and blanks (a box: IoU >= 0.5),",
-      "  with Wilson's 95 % interval. chance: always giving the answer that is right most often.",
+      "  with Wilson's 95 % interval. chance: one answer for each task, the best in hindsight.",
       "blanked: the same model without the regions, on questions whose answer depends on them.",
       "random object: answering those for a random object of the same scene; a model that reads",
       f"  its regions falls to at most {BLANKED_LIMIT} x that when blanked.",
@@ -243,7 +243,7 @@ def bar_chart(report: Report, path: Path) -> None:
     ("this model", "#1f77b4", [r.accuracy for r in rows]),
     ("blanked (no regions)", "#ff7f0e", [r.blanked for r in rows]),
     ("random object of the scene", "#9467bd", [r.random_object for r in rows]),
-    ("chance (best single answer)", "#bbbbbb", [r.chance for r in rows]),
+    ("chance (best single answer per task)", "#bbbbbb", [r.chance for r in rows]),
   )
   for at, (label, colour, values) in enumerate(series):
     xs = [i + (at - 1.5) * width for i, v in enumerate(values) if v is not None]

@@ -29,7 +29,8 @@ from regionjax.conversation import Conversation, Renderer, user_to_internal
 from regionjax.data.rows import Frame
 from regionjax.data.schema import Example, ImageRef, Turn
 from regionjax.images import ImageError, decode
-from regionjax.infer.engine import Engine, Generation, GenerationError, State
+from regionjax.infer.batching import GenerationError
+from regionjax.infer.engine import Engine, Generation, State
 from regionjax.infer.prompts import answer_examples, make_prompt
 from regionjax.infer.sampling import Sampling
 from regionjax.regions import FORMATS, Region, parse_regions

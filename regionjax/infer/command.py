@@ -70,6 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action="store_true",
     help="coordinates are shares of the image's sides (0 to 1); by default they are pixels",
   )
+  parser.add_argument(
+    "--outside",
+    choices=("error", "clip"),
+    default="error",
+    help="clip: cut regions at the image's border instead of refusing them",
+  )
+  parser.add_argument(
+    "--inverted",
+    choices=("error", "swap"),
+    default="error",
+    help="swap: put the corners of a box in order instead of refusing it",
+  )
   parser.add_argument("--ask", action="append", metavar="TEXT", help="a question; repeatable")
   parser.add_argument("--checkpoint", default="tiny", help="a release folder (default: shipped)")
   parser.add_argument("--save", type=Path, metavar="FILE.png", help="picture of the dialogue")
@@ -89,8 +101,7 @@ def run(args: argparse.Namespace) -> int:
   image = read_image(args.image)
   size = (image.shape[1], image.shape[0])
   regions = [
-    parse_region(kind, text, size=size, normalized=args.normalized)
-    for kind, text in args.regions or []
+    parse_region(kind, text, size=size, **_policies(args)) for kind, text in args.regions or []
   ]
   if args.save is not None:
     _check_writable(args.save)
@@ -105,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
       print(f"> {question}")
       console.ask(question)
   else:
-    console.loop(normalized=args.normalized)
+    console.loop(**_policies(args))
   if args.save is not None:
     console.save(args.save)
   return 0
@@ -153,8 +164,8 @@ class Console:
     for region in answer.regions:
       print(f"  = {describe(region, self.size)}")
 
-  def loop(self, *, normalized: bool) -> None:
-    """Reads commands and questions until the end of the input."""
+  def loop(self, **policies: Any) -> None:
+    """Reads commands and questions until the end of the input; policies as for `parse_region`."""
     print(f"Image of {self.size[0]} x {self.size[1]} pixels. `help` lists the commands.")
     for number, region in enumerate(self._session.regions, 1):
       print(f"<region{number}> is {describe(region, self.size)}")
@@ -163,11 +174,11 @@ class Console:
       if word in ("quit", "exit"):
         return
       try:
-        self._command(word, rest.strip(), line, normalized=normalized)
+        self._command(word, rest.strip(), line, policies)
       except (ValueError, OSError) as error:
         print(f"error: {error}")
 
-  def _command(self, word: str, rest: str, line: str, *, normalized: bool) -> None:
+  def _command(self, word: str, rest: str, line: str, policies: dict[str, Any]) -> None:
     if word == "help" and not rest:
       print(HELP)
     elif word == "new" and not rest:
@@ -178,7 +189,7 @@ class Console:
     elif word == "save" and rest.lower().endswith((".png", ".jpg", ".jpeg")):
       self.save(Path(rest))
     elif word in KINDS and rest and (word == "mask" or rest[0] in "-.0123456789"):
-      region = parse_region(word, rest, size=self.size, normalized=normalized)
+      region = parse_region(word, rest, size=self.size, **policies)
       (number,) = self._session.add([region])
       print(f"<region{number}> is {describe(region, self.size)}")
     else:
@@ -201,6 +212,10 @@ def describe(region: Region, size: tuple[int, int]) -> str:
     return f"a {region.kind} inside {inside}"
   numbers = ",".join(f"{x * width:.0f},{y * height:.0f}" for x, y in region.points)
   return f"{region.kind} {numbers}"
+
+
+def _policies(args: argparse.Namespace) -> dict[str, Any]:
+  return {name: getattr(args, name) for name in ("normalized", "outside", "inverted")}
 
 
 def _lines() -> Iterator[str]:

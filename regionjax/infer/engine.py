@@ -3,7 +3,7 @@
 It pads everything to a few bucket sizes, so that the programs of `infer.programs` are compiled a
 few times and never again. It knows ids and arrays; templates and people's texts are `infer.chat`'s.
 
-Axes: b rows, m distinct images, k images of a row, t tokens, r region slots of a row, n patches.
+Axes: b rows, v vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from regionjax.config import ModelConfig
-from regionjax.data.rows import RegionArrays
 from regionjax.infer import programs
+from regionjax.infer.batching import GenerationError, Prompt, bucket, pad_prompts, power
 from regionjax.infer.sampling import Sampling, row_keys
 from regionjax.models.decoder import Cache, init_cache
 from regionjax.models.params import model_for, unstack_layers
@@ -28,26 +28,6 @@ GREEDY = Sampling()
 # Rows of one batch in `generate`: more than 64 gain nothing on two cores, and fewer where their
 # caches would exceed the bytes (a row of 512 tokens takes 256 MiB in the 7B model).
 MAX_ROWS, MAX_CACHE_BYTES = 64, 4 << 30
-
-
-class GenerationError(ValueError):
-  """A prompt that cannot be run; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-  """One row: a prompt, or the next piece of one.
-
-  Attributes:
-    ids: int32 [T], image and region slots included.
-    images: which of the encoded images each image of the row is, in the order of their slots.
-    regions: one entry per region slot in `ids`, in order; `box_image_r` indexes `images`. None when
-      there is no slot.
-  """
-
-  ids: np.ndarray
-  images: tuple[int, ...] = ()
-  regions: RegionArrays | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +60,6 @@ class State:
   logits_bv: jax.Array
   lengths: np.ndarray
   room: int
-
-
-def bucket(size: int, smallest: int = 32) -> int:
-  """The least of smallest, 2·smallest, 3·smallest, 4·, 6·, 8·, 12·, ... that is >= size.
-
-  Two sizes per doubling: padding wastes a third at most, and a prompt of any length up to 2048
-  compiles one of 12 programs.
-  """
-  power = smallest
-  while power < size:
-    if power >= 2 * smallest and power * 3 // 2 >= size:
-      return power * 3 // 2
-    power *= 2
-  return power
 
 
 class Engine:
@@ -161,7 +127,7 @@ class Engine:
     """
     if not images:
       return ImageFeatures(None, None)
-    size = _power(len(images))
+    size = power(len(images))
     batch = np.zeros((size, *images[0].shape), np.float32)
     for slot, image in zip(batch, images):
       slot[:] = image
@@ -183,7 +149,7 @@ class Engine:
     """
     longest = max(len(p.ids) for p in prompts)
     room = self._room(longest, new_tokens)
-    rows = _power(len(prompts))
+    rows = power(len(prompts))
     cache = init_cache(self.config.decoder, rows, room, self._dtype)
     empty = np.zeros(len(prompts), np.int64)
     return self._append(State(cache, jnp.zeros(()), empty, room), prompts, features)
@@ -316,7 +282,10 @@ class Engine:
     return min(bucket(longest + new_tokens, 64), limit)
 
   def _append(self, state: State, prompts: Sequence[Prompt], features: ImageFeatures) -> State:
-    arrays = self._pad(prompts, rows=state.cache.length_b.shape[0])
+    arrays = pad_prompts(
+      prompts, rows=state.cache.length_b.shape[0], patches=self.config.vision.tokens,
+      pad_id=self.tokenizer.pad_id, region_slot_id=self.tokenizer.region_slot_id,
+    )  # fmt: skip
     # A later turn as a rule shows no image and often no region: then nothing is read for them.
     if not arrays.region_mask_br.any():
       features = features._replace(maps=None)
@@ -324,37 +293,6 @@ class Engine:
       features = features._replace(tokens_bknd=None)
     logits, cache = programs.prefill(self.model, self.params, features, arrays, state.cache)
     return State(cache, logits, state.lengths + [len(p.ids) for p in prompts], state.room)
-
-  def _pad(self, prompts: Sequence[Prompt], *, rows: int) -> programs.PromptArrays:
-    t = bucket(max(len(p.ids) for p in prompts))
-    k = max(1, *(len(p.images) for p in prompts))
-    r = max([len(p.regions.kind_r) for p in prompts if p.regions is not None], default=0)
-    r = _power(r, 4)
-    out = programs.PromptArrays(
-      tokens_bt=np.full((rows, t), max(self.tokenizer.pad_id, 0), np.int32),
-      lengths_b=np.zeros(rows, np.int32),
-      image_bk=np.zeros((rows, k), np.int32),
-      boxes_br4=np.zeros((rows, r, 4), np.float32),
-      box_image_br=np.zeros((rows, r), np.int32),
-      region_kind_br=np.zeros((rows, r), np.int32),
-      region_mask_br=np.zeros((rows, r), bool),
-      region_cover_brn=np.zeros((rows, r, self.config.vision.tokens), np.float32),
-    )
-    for b, prompt in enumerate(prompts):
-      out.tokens_bt[b, : len(prompt.ids)] = prompt.ids
-      out.lengths_b[b] = len(prompt.ids)
-      out.image_bk[b, : len(prompt.images)] = prompt.images
-      slots = int(np.sum(np.asarray(prompt.ids) == self.tokenizer.region_slot_id))
-      count = 0 if prompt.regions is None else len(prompt.regions.kind_r)
-      if slots != count:
-        raise GenerationError(f"row {b}: {slots} region slots in its ids but {count} regions")
-      if prompt.regions is not None and count:
-        out.boxes_br4[b, :count] = prompt.regions.boxes_r4
-        out.box_image_br[b, :count] = prompt.regions.box_image_r
-        out.region_kind_br[b, :count] = prompt.regions.kind_r
-        out.region_mask_br[b, :count] = True
-        out.region_cover_brn[b, :count] = prompt.regions.cover_rn
-    return out
 
   def _grow(self, answer: Generation, new: np.ndarray, last: bool) -> Generation:
     """Adds tokens to an answer; ends it at the first stop, or at the length limit if `last`."""
@@ -393,9 +331,3 @@ def find_stop(ids: Sequence[int], stops: Sequence[tuple[int, ...]]) -> tuple[int
 
 def _pad_end(array: jax.Array, larger: jax.Array) -> jax.Array:
   return jnp.pad(array, [(0, n - m) for m, n in zip(array.shape, larger.shape)])
-
-
-def _power(size: int, smallest: int = 1) -> int:
-  while smallest < size:
-    smallest *= 2
-  return smallest

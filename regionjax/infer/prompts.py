@@ -11,7 +11,8 @@ from regionjax.conversation import Encoded, Renderer
 from regionjax.data.rows import Frame, encode_region_arrays
 from regionjax.data.schema import Example, ImageRef
 from regionjax.images import ImageTransform
-from regionjax.infer.engine import Engine, Generation, Prompt
+from regionjax.infer.batching import Prompt
+from regionjax.infer.engine import Engine, Generation
 from regionjax.infer.sampling import Sampling
 from regionjax.regions import Region
 

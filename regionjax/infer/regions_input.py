@@ -24,7 +24,15 @@ KINDS = {
 }
 
 
-def parse_region(kind: str, text: str, *, size: Size, normalized: bool = False) -> Region:
+def parse_region(
+  kind: str,
+  text: str,
+  *,
+  size: Size,
+  normalized: bool = False,
+  outside: str = "error",
+  inverted: str = "error",
+) -> Region:
   """One typed region.
 
   Args:
@@ -32,6 +40,7 @@ def parse_region(kind: str, text: str, *, size: Size, normalized: bool = False) 
     text: numbers separated by commas or blanks, or a mask's file.
     size: (width, height) of the image.
     normalized: numbers are shares of the sides in [0, 1] instead of pixels.
+    outside, inverted: policies of `Region.box`; a mask has neither defect.
 
   Raises:
     RegionError: not the right number of numbers, or a region that isn't one (NaN, inverted,
@@ -43,10 +52,12 @@ def parse_region(kind: str, text: str, *, size: Size, normalized: bool = False) 
   frame = None if normalized else size
   pairs = list(zip(numbers[0::2], numbers[1::2]))
   make: dict[str, Callable[[], Region]] = {
-    "box": lambda: Region.box(*numbers, size=frame),
-    "point": lambda: Region.point(*numbers, size=frame),
-    "polygon": lambda: Region.polygon(pairs, size=frame),
-    "scribble": lambda: Region.scribble(pairs, width=0.02 * (max(frame or (1, 1))), size=frame),
+    "box": lambda: Region.box(*numbers, size=frame, outside=outside, inverted=inverted),
+    "point": lambda: Region.point(*numbers, size=frame, outside=outside),
+    "polygon": lambda: Region.polygon(pairs, size=frame, outside=outside),
+    "scribble": lambda: Region.scribble(
+      pairs, width=0.02 * max(frame or (1, 1)), size=frame, outside=outside
+    ),
   }
   try:
     return make[kind]()

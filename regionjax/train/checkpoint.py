@@ -78,7 +78,9 @@ class Checkpoints:
     steps = self.steps()
     for i, step in enumerate(reversed(steps)):
       try:
-        return _restore(self._latest, step, like)
+        restored = _restore(self._latest, step, like)
+        self._forget_best_behind(step)
+        return restored
       except Exception as error:  # whatever a broken file makes a reader raise
         older = steps[-2 - i] if i + 1 < len(steps) else None
         moved = self._set_aside(step)
@@ -93,17 +95,14 @@ class Checkpoints:
       )
     return None
 
-  def restore_best(self, like: Any) -> tuple[int, Any] | None:
-    """(step, trainable parameters) of the best checkpoint; None without a readable one."""
+  def restore_best(self, step: int, like: Any) -> Any | None:
+    """Trainable parameters of the best evaluation, at `step`; None, and said, if unreadable."""
     self._best.wait_until_finished()
-    step = self._best.latest_step()
-    if step is None:
-      return None
     try:
-      return step, _restore(self._best, step, like)[0]
+      return _restore(self._best, step, like)[0]
     except Exception as error:
       reason = " ".join(str(error).split())[:160]
-      self._log(f"best checkpoint (step {step}) is damaged ({reason}); not used")
+      self._log(f"the best checkpoint (step {step}) cannot be read ({reason}); not used")
       return None
 
   def wait(self) -> None:
@@ -115,6 +114,12 @@ class Checkpoints:
     """Waits, and frees the threads."""
     self._latest.close()
     self._best.close()
+
+  def _forget_best_behind(self, step: int) -> None:
+    """A best checkpoint behind the step that a run goes on from will be found again, or replaced by
+    one with a lower number, which Orbax would take for the older one."""
+    for later in [s for s in self._best.all_steps() if s > step]:
+      self._best.delete(later)
 
   def _set_aside(self, step: int) -> Path:
     target = self._workdir / "damaged" / str(step)

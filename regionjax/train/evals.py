@@ -127,7 +127,7 @@ def _count(cells: Any, right_ba: np.ndarray, present_ba: np.ndarray, meta: Any) 
   for row, answers in enumerate(meta):
     for k, answer in enumerate(answers):
       if present_ba[row, k]:
-        cell = cells[answer["task"] or "-", answer["ref_kind"] or "-"]
+        cell = cells[answer["task"] or "none", answer["ref_kind"] or "none"]
         cell[0] += int(right_ba[row, k])
         cell[1] += 1
 

@@ -72,9 +72,9 @@ def export(
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable
     )
-    best = checkpoints.restore_best(like)
+    best = checkpoints.restore_best(ledger.best["step"], like)
     if best is not None:
-      step, trainable = best
+      step, trainable = ledger.best["step"], best
   params = jax.tree.map(np.asarray, merge(trainable, state.frozen))
   if jax.process_index() == 0:
     release.save(folder, config, params, tokenizer, write_card(config, summary, step=step))

@@ -21,5 +21,10 @@ def step_flops(config: Config, values: Mapping[str, float]) -> float:
   examples = values["examples"]
   if not examples:
     return 0.0
-  mean = {name: values[name] / examples for name in ("tokens", "images", "regions")}
-  return examples * flops_per_example(config.model, **mean, trainable=config.train.trainable)
+  return examples * flops_per_example(
+    config.model,
+    tokens=values["tokens"] / examples,
+    images=values["images"] / examples,
+    regions=values["regions"] / examples,
+    trainable=config.train.trainable,
+  )

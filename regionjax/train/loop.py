@@ -107,7 +107,8 @@ class _Loop:
     ledger = run.ledger
     self._writer = MetricsWriter(run.workdir, step=ledger.step, enabled=jax.process_index() == 0)
     self._clock = Clock(ledger.elapsed + time.monotonic() - begun)
-    self._pending: tuple[int, dict[str, jax.Array], float] | None = None
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
+    self.done = False  # by its own end, not by a signal
     self._compiled = False
     self._paused = 0.0  # seconds of evaluations and saves since the last log
     self._waited = 0.0  # seconds of waiting for data since the last log
@@ -123,21 +124,18 @@ class _Loop:
       share = max(share, self._clock.elapsed / (60 * train.stop_after_minutes))
     return min(share, 1.0)
 
-  @property
-  def done(self) -> bool:
-    return self.share >= 1
-
   def run(self) -> StopRequest:
     """Runs until the end or a signal; the state is saved either way."""
     train = self._run.config.train
     ledger = self._run.ledger
     with StopRequest() as stop:
-      while not self.done and stop.received is None:
+      while self.share < 1 and stop.received is None:
         self._step()
         if train.eval_every and ledger.step % train.eval_every == 0:
           self._evaluate()
         if train.save_every and ledger.step % train.save_every == 0:
           self._save()
+      self.done = stop.received is None
       self._read()
       last = ledger.evaluation["step"] if ledger.evaluation else -1
       if self.done and self._run.evaluator is not None and last != ledger.step:

@@ -35,14 +35,14 @@ def plot_run(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
   return path
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> np.ndarray:
-  """Exponential moving average, corrected for its start; same length."""
-  out, total, norm = [], 0.0, 0.0
-  for value in values:
-    total = weight * total + (1 - weight) * value
-    norm = weight * norm + (1 - weight)
-    out.append(total / norm)
-  return np.asarray(out)
+def smooth(values: Sequence[float], share: float = 0.05) -> np.ndarray:
+  """Running mean over a centred window of that share of all values, cut off at both ends."""
+  x = np.asarray(values, np.float64)
+  half = max(1, round(len(x) * share / 2))
+  total = np.concatenate([[0.0], np.cumsum(x)])
+  start = np.maximum(np.arange(len(x)) - half, 0)
+  stop = np.minimum(np.arange(len(x)) + half + 1, len(x))
+  return (total[stop] - total[start]) / (stop - start)
 
 
 def _losses(axes: Any, train: Sequence[dict], evals: Sequence[dict]) -> None:
@@ -59,6 +59,8 @@ def _losses(axes: Any, train: Sequence[dict], evals: Sequence[dict]) -> None:
   if values and 0 < 10 * min(values) < max(values):
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
   axes.set(title="loss per supervised token", xlabel="step", ylabel="nats")
   _finish(axes)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ PEAK = {
 }
 
 
-def peak_flops(devices: list[jax.Device], *, size: int = 2048) -> float | None:
+def peak_flops(devices: Sequence[Any], *, size: int = 2048) -> float | None:
   """FLOP/s that all devices together can do at best; None where that isn't known.
 
   CPUs have no useful data sheet: there a float32 matrix product of `size` is timed (2048: about a
@@ -39,7 +41,7 @@ def peak_flops(devices: list[jax.Device], *, size: int = 2048) -> float | None:
   return None
 
 
-def _measure(device: jax.Device, size: int) -> float:
+def _measure(device: Any, size: int) -> float:
   x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
   multiply = jax.jit(jnp.matmul)
   multiply(x, x).block_until_ready()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ def model_functions(config: Config, tokenizer: Any) -> tuple[Apply, Callable[[ja
   )
 
   def apply(params: Params, batch: Any) -> jax.Array:
-    return model.apply({"params": params}, batch)
+    logits: Any = model.apply({"params": params}, batch)
+    return logits
 
   return apply, lambda key: init_params(config.model, key)
 
@@ -169,10 +170,11 @@ def starting_params(config: Config, shapes: Params, tokenizer: Any, *, log: Log 
       f"prompt.tokenizer={config.prompt.tokenizer!r} ({tokenizer.fingerprint}), so its embeddings "
       f"mean other tokens; set prompt.tokenizer={folder}"
     )
-  if source.model.region.features != config.model.region.features:
-    params.pop("regions", None)  # some of its names occur in the other kind too
   given, wanted = flatten_paths(params), flatten_paths(shapes)
   shared = sorted(given.keys() & wanted.keys())
+  if source.model.region.features != config.model.region.features:
+    # Another kind of region encoder: equal names in it mean nothing.
+    shared = [path for path in shared if not path.startswith("regions/")]
   wrong = [
     f"  {path}: {given[path].shape} in the release, {wanted[path].shape} in the model"
     for path in shared
@@ -183,12 +185,19 @@ def starting_params(config: Config, shapes: Params, tokenizer: Any, *, log: Log 
   if not shared:
     raise ConfigError(f"train.init_from={folder} holds no parameter of this model")
   for what, paths in (
-    ("starts fresh, not in the release", wanted.keys() - given.keys()),
-    ("of the release is not in the model", given.keys() - wanted.keys()),
+    ("not in the release, starts fresh", wanted),
+    ("of the release not used", given),
   ):
-    if paths:
-      log(f"{', '.join(sorted(paths))} {what}")
+    left = paths.keys() - set(shared)
+    if left:
+      log(f"train.init_from={folder}: {what}: {', '.join(_brief(left, paths))}")
   return unflatten_paths({path: given[path] for path in shared})
+
+
+def _brief(paths: Collection[str], among: Collection[str]) -> list[str]:
+  """Paths, sorted, with 'part/.*' for those that are all of a part of the model."""
+  whole = {p.split("/")[0] for p in paths} - {p.split("/")[0] for p in set(among) - set(paths)}
+  return sorted({f"{part}/.*" if (part := p.split("/")[0]) in whole else p for p in paths})
 
 
 def record(run: Run) -> dict[str, Any]:

@@ -6,6 +6,7 @@ divide once, so that every supervised token weighs the same wherever it was pack
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +105,7 @@ def train_step(
     "grad_norm": optax.tree.norm(grads),
     "learning_rate": rate,
   } | counts(batch)
-  new = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+  new = dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state)
   return new, metrics
 
 

@@ -25,7 +25,7 @@ def summarize(
   state: TrainState,
   ledger: Ledger,
   *,
-  devices: Sequence[jax.Device],
+  devices: Sequence[Any],
   data: Mapping[str, Any] | None = None,
   peak: float | None = None,
   command: str = "",

@@ -1,14 +1,13 @@
 """Which questions an example asks, and which texts answer them."""
 
+import collections
 import dataclasses
 
 import pytest
 
 from regionjax.data.schema import Example, ImageRef, Turn
-from regionjax.data.sources.scenes import ScenesSource
 from regionjax.evaluate.accuracy import (
   Question,
-  collect,
   constant_chance,
   iou,
   is_right,
@@ -16,7 +15,7 @@ from regionjax.evaluate.accuracy import (
   normalise,
   questions_of,
 )
-from regionjax.evaluate.command import scenes_args
+from regionjax.evaluate.scenes import scenes_questions
 from regionjax.mentions import escape
 from regionjax.regions import Region
 
@@ -109,8 +108,12 @@ def test_several_references_and_escapes():
 
 
 def test_constant_chance_is_the_best_single_answer():
-  ask = lambda answer: dataclasses.replace(PLAIN, accepted=(answer,))  # noqa: E731
-  assert constant_chance([ask("yes"), ask("Yes"), ask("no"), ask("maybe")]) == 0.5
+  def ask(answer, task="yesno"):
+    return dataclasses.replace(PLAIN, task=task, accepted=(answer,))
+
+  answers = [ask("yes"), ask("Yes"), ask("no"), ask("maybe")]
+  assert constant_chance(answers) == 0.5
+  assert constant_chance([*answers, ask("star", "name"), ask("moon", "name")]) == 0.5
   near = Question(example(), "locate", place=Region.box(0.2, 0.2, 0.6, 0.58))
   far = Question(example(), "locate", place=Region.box(0.7, 0.7, 0.9, 0.9))
   at_box = Question(example(), "locate", place=BOX)
@@ -119,14 +122,16 @@ def test_constant_chance_is_the_best_single_answer():
 
 
 def test_questions_of_the_scenes_world():
-  """One question a scene but for dialogues; all tasks, all references, with their chances."""
-  source = ScenesSource(**scenes_args("test", 0))
-  questions = collect(source, 200)
-  assert 200 <= len(questions) < 204
-  assert {q.task for q in questions} == {
+  """All tasks equally often, all references, with their chances; no scene serves twice."""
+  questions = scenes_questions(200)
+  tasks = collections.Counter(q.task for q in questions)
+  assert set(tasks) == {
     "name", "attribute", "caption", "read", "compare", "pick", "count", "yesno", "choice",
     "rationale", "locate", "scene", "dialogue",
   }  # fmt: skip
+  assert all(16 <= n <= 19 for n in tasks.values())
+  ids = {q.example.meta["id"] for q in questions if q.task != "dialogue"}
+  assert len(ids) == len(questions) - tasks["dialogue"]
   assert {q.reference for q in questions} == {"box", "point", "polygon", "mask", "none"}
   for question in questions:
     assert question.example.turns[-1].role == "assistant"
@@ -137,5 +142,7 @@ def test_questions_of_the_scenes_world():
       assert is_right(question, question.accepted[0].upper())
     else:
       assert is_right(question, "", [question.place])
-  again = collect(source, 200)
+  again = scenes_questions(200)
   assert [q.accepted for q in again] == [q.accepted for q in questions]
+  other = scenes_questions(200, seed=2)
+  assert [q.accepted for q in other] != [q.accepted for q in questions]

@@ -6,16 +6,14 @@ import pytest
 
 from regionjax import cli
 from regionjax.data.schema import SLOT
-from regionjax.data.sources.scenes import ScenesSource
 from regionjax.evaluate import protocol
-from regionjax.evaluate.accuracy import collect
-from regionjax.evaluate.command import scenes_args
+from regionjax.evaluate.scenes import scenes_questions
 from regionjax.infer.engine import Generation
 
 
 @pytest.fixture(scope="module")
 def questions():
-  return collect(ScenesSource(**scenes_args("test", 0)), 120)
+  return scenes_questions(120)
 
 
 def pretend(monkeypatch, answer):

@@ -10,8 +10,9 @@ from PIL import Image
 import regionjax
 from regionjax import Region
 from regionjax.images import ImageError
+from regionjax.infer.batching import GenerationError
 from regionjax.infer.chat import Question, RegionChat, mention_the_only, read_image
-from regionjax.infer.engine import Generation, GenerationError
+from regionjax.infer.engine import Generation
 from regionjax.infer.prompts import make_prompt
 from regionjax.regions import RegionError
 

@@ -58,6 +58,13 @@ def test_normalized_and_temperature(release_folder, picture, capsys):
   assert capsys.readouterr().out != first
 
 
+def test_policies_mend_what_is_refused(release_folder, picture, capsys):
+  words = ["--box", "40,40,-5,5", "--ask", "What is <region1>?"]
+  assert chat_line(release_folder, picture, *words) == 2
+  assert chat_line(release_folder, picture, *words, "--inverted", "swap") == 2
+  assert chat_line(release_folder, picture, *words, "--inverted=swap", "--outside=clip") == 0
+
+
 def test_the_prompt(release_folder, picture, tmp_path, capsys, monkeypatch):
   card = tmp_path / "card.png"
   lines = [

@@ -10,7 +10,8 @@ import pytest
 from regionjax.data.rows import single_batch
 from regionjax.data.schema import Example, ImageRef, Turn
 from regionjax.infer import programs
-from regionjax.infer.engine import Engine, GenerationError, bucket, find_stop
+from regionjax.infer.batching import GenerationError, bucket
+from regionjax.infer.engine import Engine, find_stop
 from regionjax.infer.prompts import make_prompt
 from regionjax.infer.sampling import Sampling
 from regionjax.models.params import model_for

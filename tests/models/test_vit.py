@@ -14,7 +14,7 @@ from regionjax.models.params import stack_layers, unstack_layers
 from regionjax.models.vit import VisionTransformer
 
 CONFIG = VisionConfig(
-  image_size=28, patch_size=7, width=32, layers=3, heads=4, mlp_width=48, select_layer=-1
+  image_size=28, patch_size=7, width=32, layers=2, heads=4, mlp_width=48, select_layer=-1
 )
 
 
@@ -136,12 +136,12 @@ def test_layouts_agree_and_unused_blocks_do_not_run():
   for a, b in zip(whole, jax.jit(loop.apply)({"params": unstack_layers(params)}, images)):
     assert relative(a, b) < 1e-6
 
-  short = VisionTransformer(CONFIG, depth=2, scan_layers=False)
+  short = VisionTransformer(CONFIG, depth=1, scan_layers=False)
   tree = jax.eval_shape(short.init, jax.random.key(0), images)["params"]
-  assert "layers_1" in tree and "layers_2" not in tree
-  kept = {k: v for k, v in unstack_layers(params).items() if k != "layers_2"}
+  assert "layers_0" in tree and "layers_1" not in tree
+  kept = {k: v for k, v in unstack_layers(params).items() if k != "layers_1"}
   hidden = jax.jit(short.apply)({"params": kept}, images)
-  assert len(hidden) == 3
+  assert len(hidden) == 2
   for a, b in zip(hidden, whole):
     assert relative(a, b) < 1e-6
   none = jax.eval_shape(

@@ -51,29 +51,42 @@ def test_a_query_without_keys_gives_numbers():
 def test_blocks_of_queries_change_nothing(length, monkeypatch):
   q, k, v = (jnp.asarray(draw(2, n, length, 6, seed=n), jnp.float32) for n in (4, 2, 2))
   segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (2, length)), axis=1))
-  mask = attention.packed_mask(segments, start=0, end=length)
-  whole = attention.attend(q, k, v, mask)
+  mask = np.tril(np.ones((length, length), bool))
+  mask = mask[None] & (np.asarray(segments)[:, :, None] == np.asarray(segments)[:, None])
+  whole = jax.jit(attention.attend)(q, k, v, mask)
   monkeypatch.setattr(attention, "MIN_BLOCKED", 8)
   jaxpr = str(jax.make_jaxpr(attention.attend_packed)(q, k, v, segments))
   assert jaxpr.count("dot_general") == 2 * attention.QUERY_BLOCKS
-  np.testing.assert_allclose(attention.attend_packed(q, k, v, segments), whole, atol=1e-6)
+  blocked = jax.jit(lambda *a: attention.attend_packed(*a))(q, k, v, segments)
+  np.testing.assert_allclose(blocked, whole, atol=1e-6)
 
 
 def test_packed_mask_is_causal_inside_segments():
   segments = np.asarray([[1, 1, 2, 2, 2, 0, 0]])
-  mask = np.asarray(attention.packed_mask(jnp.asarray(segments), start=0, end=7))[0]
+  packed = jax.jit(attention.packed_mask, static_argnames=("start", "end"))
+  mask = np.asarray(packed(jnp.asarray(segments), start=0, end=7))[0]
   for i in range(7):
     for j in range(7):
       assert mask[i, j] == (j <= i and segments[0, i] == segments[0, j])
-  part = attention.packed_mask(jnp.asarray(segments), start=3, end=5)[0]
+  part = packed(jnp.asarray(segments), start=3, end=5)[0]
   np.testing.assert_array_equal(part, mask[3:5, :5])
+
+
+def jaxpr_equations(jaxpr):
+  """All equations, those inside calls included."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for value in equation.params.values():
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from jaxpr_equations(inner)
 
 
 def test_scores_and_softmax_are_float32_in_bfloat16():
   q, k, v = (jnp.asarray(draw(1, 2, 9, 16, seed=s) * 4, jnp.bfloat16) for s in range(3))
-  jaxpr = jax.make_jaxpr(attention.attend)(q, k, v)
-  exps = [e for e in jax.tree.leaves(jaxpr.eqns, is_leaf=lambda x: True) if "exp" in str(e)]
-  assert exps
+  jaxpr = jax.make_jaxpr(lambda *a: attention.attend(*a))(q, k, v).jaxpr
+  exps = [e for e in jaxpr_equations(jaxpr) if e.primitive.name == "exp"]
+  assert exps and all(e.outvars[0].aval.dtype == jnp.float32 for e in exps)
   exact = attention.attend(*(a.astype(jnp.float32) for a in (q, k, v)))
   ours = attention.attend(q, k, v)
   assert ours.dtype == jnp.bfloat16

@@ -159,10 +159,23 @@ def test_the_best_is_kept_apart(folder, state, like, messages, bits):
   for step in (30, 40, 50):
     checkpoints.save(step, state, {})
   checkpoints.wait()
-  step, best = checkpoints.restore_best({"w": like["a"]})
-  assert step == 20
+  best = checkpoints.restore_best(20, {"w": like["a"]})
   assert bits(best) == bits({"w": state["a"] + 20})
   assert checkpoints.steps() == [40, 50]
+  assert checkpoints.restore_best(10, {"w": like["a"]}) is None
+  assert messages[-1].startswith("the best checkpoint (step 10) cannot be read")
+
+
+def test_a_best_checkpoint_of_steps_that_will_be_repeated_is_forgotten(
+  folder, state, like, messages, bits
+):
+  checkpoints = reopen(folder, messages)
+  checkpoints.save_best(5, {"w": state["a"]}, {})
+  checkpoints.close()
+  checkpoints = reopen(folder, messages)
+  assert checkpoints.restore_latest(like)[1] == {"n": 3}
+  checkpoints.save_best(4, {"w": state["a"] + 1}, {})
+  assert bits(checkpoints.restore_best(4, {"w": like["a"]})) == bits({"w": state["a"] + 1})
 
 
 def test_checksum_sees_every_bit_and_place(state):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from regionjax.config import ConfigError
+from regionjax.config import ConfigError, RegionConfig
 from regionjax.data.errors import DataError
 from regionjax.mesh import make_mesh
 from regionjax.train import loop
@@ -139,7 +139,7 @@ def test_what_a_run_logs(runs):
   assert train[-1]["loss"] < train[0]["loss"]
   assert train[-1]["tokens_per_second"] > 0 and 0 <= train[-1]["data_wait"] <= 1
   assert evals[0]["answers"] == 6
-  assert set(evals[0]["by_reference"]) <= {"-", "box", "point", "polygon", "mask", "scribble"}
+  assert set(evals[0]["by_reference"]) <= {"none", "mixed", "box", "point", "polygon", "mask"}
 
 
 def test_what_a_run_leaves_behind(runs):
@@ -199,7 +199,15 @@ def test_training_can_start_from_a_release(runs, micro):
   without = dataclasses.replace(model, region=dataclasses.replace(model.region, kind="text"))
   given, said = start_from(dataclasses.replace(config, model=without))
   assert set(given) == {"vision", "connector", "decoder"}
-  assert len(said) == 1 and said[0].endswith("of the release is not in the model")
+  assert said == [f"train.init_from={folder}: of the release not used: regions/.*"]
+  pyramid = dataclasses.replace(
+    RegionConfig.tiny("pyramid"), layers=(1, 1, 1, 1), width=16, position_width=16
+  )
+  given, said = start_from(
+    dataclasses.replace(config, model=dataclasses.replace(model, region=pyramid))
+  )
+  assert set(given) == {"vision", "connector", "decoder"}
+  assert said[0].endswith("not in the release, starts fresh: regions/.*") and len(said) == 2
   wider = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, mlp_width=64))
   with pytest.raises(ConfigError) as caught:
     start_from(dataclasses.replace(config, model=wider))
