@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
       print(f"> {question}")
       console.ask(question)
   else:
-    console.loop(**_policies(args))
+    console.loop(_policies(args))
   if args.save is not None:
     console.save(args.save)
   return 0
@@ -164,7 +164,7 @@ class Console:
     for region in answer.regions:
       print(f"  = {describe(region, self.size)}")
 
-  def loop(self, **policies: Any) -> None:
+  def loop(self, policies: dict[str, Any]) -> None:
     """Reads commands and questions until the end of the input; policies as for `parse_region`."""
     print(f"Image of {self.size[0]} x {self.size[1]} pixels. `help` lists the commands.")
     for number, region in enumerate(self._session.regions, 1):

@@ -28,10 +28,7 @@ def small_config(region: str = "pool", *, template: str = "plain") -> Config:
     name="small",
     vision=VisionConfig.tiny(image_size=64, width=32, layers=2, heads=2, mlp_width=64),
     connector=ConnectorConfig("linear"),
-    region=dataclasses.replace(
-      RegionConfig.tiny(region),
-      **({"layers": (1, 2), "width": 32} if region.startswith("pool") else {}),
-    ),
+    region=dataclasses.replace(RegionConfig.tiny(region), **_region_fields(region)),
     decoder=DecoderConfig.tiny(
       vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=2, kv_heads=2, head_dim=16,
       mlp_width=64,
@@ -40,6 +37,13 @@ def small_config(region: str = "pool", *, template: str = "plain") -> Config:
   )  # fmt: skip
   prompt = PromptConfig(template=template, coordinates="unit2")
   return Config(name="small", model=model, prompt=prompt)
+
+
+def _region_fields(region: str) -> dict:
+  """Two hidden states, as the small vision encoder has."""
+  if region.startswith("pyramid"):
+    return {"layers": (1, 2), "upsample": (2, 1), "width": 8, "groups": 2, "token_width": 16}
+  return {"layers": (1, 2), "width": 32}
 
 
 def make_params(config: Config, seed: int = 0):

@@ -114,6 +114,7 @@ def test_a_step_lowers_the_loss_and_keeps_what_is_frozen(micro, random_batch):
   assert step._cache_size() == 1, "progress is an array: nothing is compiled again"
 
 
+@pytest.mark.slow  # every operation is compiled on its own
 def test_the_step_is_the_same_unjitted(micro, random_batch):
   state, batch, progress = build(micro), random_batch(micro), jnp.float32(0.25)
   optimizer = make_optimizer(micro.train)
