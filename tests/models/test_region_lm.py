@@ -10,7 +10,13 @@ import pytest
 
 from regionjax.config import ConfigError, ConnectorConfig, ModelConfig
 from regionjax.models.decoder import init_cache
-from regionjax.models.params import batch_shapes, init_params, model_for, unstack_layers
+from regionjax.models.params import (
+  batch_shapes,
+  init_params,
+  model_for,
+  param_shapes,
+  unstack_layers,
+)
 from regionjax.models.region_lm import region_layers, vision_depth
 from regionjax.ops.losses import cross_entropy
 
@@ -39,7 +45,18 @@ def small(kind="pool", **kw) -> ModelConfig:
 def model_and_params(kind="pool", connector="linear"):
   config = small(kind, connector=ConnectorConfig(connector))
   model = model_for(config, image_slot_id=IMAGE_SLOT, region_slot_id=REGION_SLOT)
-  return model, jax.jit(lambda: init_params(config, jax.random.key(0)))()
+  return model, random_like(param_shapes(config))
+
+
+def random_like(shapes):
+  """Parameters drawn with numpy: compiling the initialisation would take most of a test's time."""
+  rng = np.random.default_rng(0)
+
+  def draw(s):
+    scale = s.shape[-2] ** -0.5 if len(s.shape) > 1 else 0.1
+    return jnp.asarray(rng.normal(size=s.shape) * scale + (len(s.shape) < 2) * 0.5, s.dtype)
+
+  return jax.tree.map(draw, shapes)
 
 
 def apply(model, params, batch):
@@ -91,7 +108,7 @@ def pack(rows, *, tokens, images, regions):
   return {name: jnp.asarray(value) for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("kind", ["pool", "pyramid+text", "text"])
+@pytest.mark.parametrize("kind", ["pool", "pyramid+text"])
 def test_packed_rows_equal_single_rows(kind):
   model, params = model_and_params(kind)
   parts = [
@@ -103,12 +120,12 @@ def test_packed_rows_equal_single_rows(kind):
   together = apply(model, params, packed)
   assert together.shape == (2, 48, 40) and together.dtype == jnp.float32
   assert bool(jnp.isfinite(together).all())
-  for b, order in enumerate((parts, parts[::-1])):
+  alone = apply(model, params, pack([[part] for part in parts], tokens=20, images=2, regions=3))
+  for b, order in enumerate(((0, 1, 2), (2, 1, 0))):
     start = 0
-    for part in order:
-      length = len(part["tokens"])
-      alone = apply(model, params, pack([[part]], tokens=20, images=2, regions=3))
-      assert relative(together[b, start : start + length], alone[0, :length]) < 1e-5
+    for i in order:
+      length = len(parts[i]["tokens"])
+      assert relative(together[b, start : start + length], alone[i, :length]) < 1e-5
       start += length
 
 
@@ -252,4 +269,4 @@ def test_layers_are_counted_from_the_end_and_checked():
 def test_an_unknown_connector_names_the_known_ones():
   config = small(connector=ConnectorConfig("cubic"))
   with pytest.raises(ConfigError, match=r"connector.kind='cubic'.*linear or mlp"):
-    init_params(config, jax.random.key(0))
+    param_shapes(config)
