@@ -205,7 +205,7 @@ class ModelConfig:
 
   @classmethod
   def tiny(cls, region: str = "pool") -> ModelConfig:
-    """The preset that two CPU cores train from scratch (see configs/tiny.py for why these sizes)."""
+    """The preset that two CPU cores train from scratch; `configs/tiny.py` trains it."""
     return cls(
       name="tiny",
       vision=VisionConfig.tiny(),

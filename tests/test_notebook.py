@@ -32,9 +32,10 @@ def random_release(folder: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.slow
 def test_quickstart(tmp_path, monkeypatch):
-  nbformat = pytest.importorskip("nbformat")
-  nbclient = pytest.importorskip("nbclient")
-  pytest.importorskip("ipykernel")
+  import ipykernel  # noqa: F401
+  import nbclient
+  import nbformat
+
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   if not (release.SHIPPED / "tiny" / release.CONFIG).exists():
     folder = random_release(tmp_path / "tiny")
@@ -53,7 +54,8 @@ def test_quickstart(tmp_path, monkeypatch):
 
 def test_the_notebook_is_stored_without_outputs():
   """Outputs would make every run a change, and a megabyte of pictures."""
-  nbformat = pytest.importorskip("nbformat")
+  import nbformat
+
   for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
     if cell.cell_type == "code":
       assert not cell.outputs

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, Mapping, TypedDict
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -102,10 +103,10 @@ class Batch(TypedDict):
   loss_weights_bt: np.ndarray  # float32; weight of predicting targets_bt here
   segment_ids_bt: np.ndarray  # int32; 1, 2, ... per packed example, 0 is padding
   positions_bt: np.ndarray  # int32; restart at 0 in each segment
-  answer_ids_bt: np.ndarray  # int32; 1, 2, ... per supervised answer of the row at its targets, else 0
+  answer_ids_bt: np.ndarray  # int32; 1, 2, ... per supervised answer, at its targets; else 0
   images_bkhwc: np.ndarray  # float32, normalised
   image_mask_bk: np.ndarray  # bool
-  boxes_br4: np.ndarray  # float32, xyxy in [0,1] of the resized image; a point is a box without area
+  boxes_br4: np.ndarray  # float32, xyxy in [0,1] of the resized image; a point has no area
   box_image_br: np.ndarray  # int32, index into the row's images
   region_kind_br: np.ndarray  # int32: 0 padding, 1 point, 2 box, 3 mask (polygon, mask, scribble)
   region_mask_br: np.ndarray  # bool

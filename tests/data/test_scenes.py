@@ -282,8 +282,6 @@ def test_unknown_sources_and_references():
 @pytest.mark.slow
 def test_speed_with_and_without_pixels():
   """At least 400 examples a second on one core, images rendered; the best of ten stretches."""
-  if os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
-    pytest.skip("the machine is busy with other things: its figure would say nothing")
   source = ScenesSource()
   for example in (source[i] for i in range(40)):
     load_image(example.images[0])
