@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     name="coco",
     data=dataclasses.replace(base.data, sources=(source,), seed=options.seed),
     train=TrainConfig(
-      steps=options.steps, seed=options.seed, init_from=options.init, learning_rate=1e-3,
+      steps=options.steps, seed=options.seed, init_from=options.init, learning_rate=3e-3,
       warmup_steps=10, eval_every=50, eval_examples=64, save_every=100,
     ),
   )  # fmt: skip
