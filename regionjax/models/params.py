@@ -14,6 +14,7 @@ import numpy as np
 
 from regionjax.config import ModelConfig
 from regionjax.models.region_lm import RegionLM
+from regionjax.ops.tokens import resize_positions
 
 Array = jax.Array
 
@@ -101,6 +102,29 @@ def count_params(config: ModelConfig) -> dict[str, int]:
     part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
     for part, tree in param_shapes(config).items()
   }
+
+
+def resize_images(
+  config: ModelConfig, params: Mapping[str, Any], image_size: int | tuple[int, int]
+) -> tuple[ModelConfig, dict[str, Any]]:
+  """The same model for images of another size: only the position table changes.
+
+  Region encoders know their grid from the config, so a model with region features reads another
+  size through this; the vision encoder alone takes any size as it is.
+
+  Args:
+    config: the model.
+    params: its parameters.
+    image_size: pixels, as in `VisionConfig.image_size`.
+
+  Returns:
+    The config with that image size, and the parameters with the table resampled (bicubic).
+  """
+  vision = dataclasses.replace(config.vision, image_size=image_size)
+  table = jnp.asarray(params["vision"]["positions"])
+  table = resize_positions(table, config.vision.grid, vision.grid)
+  new = {**params, "vision": {**params["vision"], "positions": table}}
+  return dataclasses.replace(config, vision=vision), new
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

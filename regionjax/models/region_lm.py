@@ -127,10 +127,19 @@ class RegionLM(nn.Module):
 
     Returns:
       Image tokens after the connector, and the maps that regions are read from.
+
+    Raises:
+      ValueError: images of another size than the config's, in a model with region features.
     """
     b, k = images_bkhwc.shape[:2]
     if k == 0:
       return ImageFeatures(None, None)
+    if self.regions is not None and images_bkhwc.shape[2:4] != self.config.vision.image_hw:
+      raise ValueError(
+        f"images of {images_bkhwc.shape[2]}x{images_bkhwc.shape[3]} pixels (height x width), but "
+        f"the region encoder was made for {self.config.vision.image_size}: resize the images, or "
+        "the model with models.params.resize_images"
+      )
     hidden = self.vision(images_bkhwc.reshape(b * k, *images_bkhwc.shape[2:]))
 
     def patches(layer: int) -> Array:

@@ -120,6 +120,13 @@ def test_attention_counts_half_the_square():
   assert decoder(1000) - linear == pytest.approx(4 * 1000**2 / 2 * 32 * 4096)
 
 
+def test_gpt4roi_work_is_the_originals():
+  parts = flops_by_part(ModelConfig.gpt4roi_7b(), tokens=600, images=1, regions=10, training=False)
+  assert parts["vision"] == pytest.approx(0.16e12, rel=0.05)  # CLIP ViT-L/14 at 224
+  # five rounds of convolutions over four levels, and 14.8 GFLOP of crop convolutions per box
+  assert parts["regions"] == pytest.approx(2.05e12 + 10 * 14.8e9, rel=0.05)
+
+
 def test_init_is_jittable_and_keeps_the_residual_stream_level():
   config = ModelConfig.tiny()
   params = jax.jit(lambda: init_params(config, jax.random.key(0)))()

@@ -15,6 +15,7 @@ from regionjax.models.params import (
   init_params,
   model_for,
   param_shapes,
+  resize_images,
   unstack_layers,
 )
 from regionjax.models.region_lm import region_layers, vision_depth
@@ -250,6 +251,28 @@ def test_bfloat16_compute_stays_near_float32():
   logits = apply(half, params, batch)
   assert logits.dtype == jnp.float32
   assert relative(logits, apply(model, params, batch)) < 0.05
+
+
+def test_another_image_size_needs_another_position_table_only():
+  model, params = model_and_params("pyramid")
+  batch = pack([[segment(0, images=1, regions=2)]], tokens=16, images=1, regions=2)
+  wide = jnp.zeros((1, 1, 16, 32, 3))
+  with pytest.raises(ValueError, match=r"16x32 pixels.*made for 16.*resize_images"):
+    jax.eval_shape(lambda: model.apply({"params": params}, wide, method="encode_images"))
+  config, resized = resize_images(model.config, params, (16, 32))
+  assert config.vision.grid == (2, 4)
+  assert jax.tree.map(np.shape, resized) == jax.tree.map(np.shape, param_shapes(config))
+  batch = {**batch, "images_bkhwc": wide, "region_cover_brn": jnp.zeros((1, 2, 8))}
+  assert jax.eval_shape(model.clone(config=config).apply, {"params": resized}, batch).shape == (
+    1,
+    16,
+    40,
+  )
+  plain, plain_params = model_and_params("text")
+  features = jax.eval_shape(
+    lambda: plain.apply({"params": plain_params}, wide, method="encode_images")
+  )
+  assert features.tokens_bknd.shape == (1, 1, 8, 24)
 
 
 def test_layers_are_counted_from_the_end_and_checked():
