@@ -39,7 +39,7 @@ def model(scale: float, region: str) -> ModelConfig:
     return max(8, round(value * scale / 8) * 8)
 
   def depth(value: int) -> int:
-    return max(2, round(value * scale ** (1 / 3)))
+    return max(1, round(value * scale ** (1 / 3)))
 
   def heads_of(count: int) -> int:
     return max(1, round(count * scale))
@@ -51,7 +51,7 @@ def model(scale: float, region: str) -> ModelConfig:
   if encoder.features:
     encoder = dataclasses.replace(
       encoder,
-      layers=tuple(max(1, round(k * layers / vision.layers)) for k in encoder.layers),
+      layers=tuple(round(k * layers / vision.layers) for k in encoder.layers),
       width=scaled(encoder.width),
       position_width=scaled(encoder.position_width),
       token_width=scaled(encoder.token_width),
@@ -64,6 +64,7 @@ def model(scale: float, region: str) -> ModelConfig:
       layers=layers,
       heads=seeing,
       mlp_width=scaled(vision.mlp_width),
+      stem=tuple(scaled(channels) for channels in vision.stem),
     ),
     decoder=DecoderConfig.tiny(
       width=heads * head_dim,
@@ -84,7 +85,7 @@ def data(region: str, seed: int) -> DataConfig:
   """
   written = region.endswith("text")
   return DataConfig(
-    sources=(SourceConfig("scenes", args={"seed": seed, "turns": (4, 9)}),),
+    sources=(SourceConfig("scenes", args={"seed": seed, "turns": (8, 12)}),),
     rows=16,
     tokens_per_row=448 if written else 192,
     images_per_row=1,

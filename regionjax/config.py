@@ -37,6 +37,16 @@ class VisionConfig:
   select_layer: int = -2  # hidden state that becomes the image tokens (0 = after pre-layernorm)
   mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
   std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+  # Channels of a convolutional stem (3x3, stride 2, ReLU each; 2^len must be the patch size) before
+  # the patches' linear map; () is CLIP. Early convolutions see shapes after far fewer steps.
+  stem: tuple[int, ...] = ()
+
+  def __post_init__(self) -> None:
+    if self.stem and 2 ** len(self.stem) != self.patch_size:
+      raise ConfigError(
+        f"vision.stem={self.stem} halves the image {len(self.stem)} times, to patches of "
+        f"{2 ** len(self.stem)} pixels, but vision.patch_size={self.patch_size}"
+      )
 
   @property
   def image_hw(self) -> tuple[int, int]:
@@ -67,15 +77,21 @@ class VisionConfig:
   @classmethod
   def tiny(cls, **kw: Any) -> VisionConfig:
     defaults: dict[str, Any] = dict(
-      image_size=128, patch_size=16, width=128, layers=4, heads=2, mlp_width=384,
+      image_size=128, patch_size=8, width=128, layers=1, heads=2, mlp_width=384,
       activation="relu", select_layer=-1, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+      stem=(16, 32, 96),
     )  # fmt: skip
     return cls(**(defaults | kw))
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig:
+  """From the vision encoder's channels to the decoder's."""
+
   kind: str = "linear"  # linear | mlp (two layers, GELU between: LLaVA-1.5)
+  # Each merge x merge square of patches becomes one image token, channels side by side (the "pixel
+  # shuffle" of InternVL). The published models keep every patch.
+  merge: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +113,20 @@ class RegionConfig:
   groups: int = 64  # pyramid: GroupNorm groups
   position_width: int = 256  # hidden width of the position MLP
   token_width: int = 1024  # pyramid: width after flatten_linear
+  # pool: side of the square around a point that its bins read, share of the image's sides. A point
+  # has no extent, so what it stands on has to be read from around it; 0 reads the point alone.
+  point_window: float = 0.0
 
   @classmethod
   def tiny(cls, kind: str = "pool") -> RegionConfig:
     if kind.startswith("pyramid"):
       return cls(
-        kind=kind, layers=(1, 2, 3, 4), width=48, output_size=4, upsample=(4, 2, 1, 1),
+        kind=kind, layers=(0, 0, 1, 1), width=48, output_size=4, upsample=(2, 1, 1, 1),
         rounds=2, groups=8, position_width=64, token_width=128,
       )  # fmt: skip
-    return cls(kind=kind, layers=(1, 4), width=128, output_size=2, position_width=64)
+    return cls(
+      kind=kind, layers=(1,), width=192, output_size=5, position_width=64, point_window=0.3
+    )
 
   @property
   def features(self) -> str | None:
@@ -174,6 +195,17 @@ class ModelConfig:
       raise ConfigError(
         f"region.kind={self.region.kind!r}: expected one of {', '.join(REGION_KINDS)}"
       )
+    grid, merge = self.vision.grid, self.connector.merge
+    if merge < 1 or any(side % merge for side in grid):
+      raise ConfigError(
+        f"connector.merge={merge}: expected a divisor of both sides of the grid of patches "
+        f"({grid[0]}x{grid[1]}: vision.image_size / vision.patch_size)"
+      )
+
+  @property
+  def image_tokens(self) -> int:
+    """Decoder tokens of one image."""
+    return self.vision.tokens // self.connector.merge**2
 
   def flops_per_example(
     self,
@@ -209,7 +241,7 @@ class ModelConfig:
     return cls(
       name="tiny",
       vision=VisionConfig.tiny(),
-      connector=ConnectorConfig("linear"),
+      connector=ConnectorConfig("linear", merge=2),
       region=RegionConfig.tiny(region),
       decoder=DecoderConfig.tiny(),
       compute_dtype="float32",

@@ -131,16 +131,23 @@ def _vision(config: ModelConfig) -> Work:
 
   v = config.vision
   depth, n = vision_depth(config), v.tokens + 1
+  h, w = v.image_hw
+  embed = [  # the stem's convolutions and the patches' linear map, in order
+    2.0 * (h // 2**i) * (w // 2**i) * 9 * before * after
+    for i, (before, after) in enumerate(zip((3, *v.stem), v.stem), start=1)
+  ]
+  embed.append(2.0 * v.tokens * (v.stem[-1] if v.stem else 3 * v.patch_size**2) * v.width)
   return Work(
-    first=2.0 * v.tokens * 3 * v.patch_size**2 * v.width,
-    inner=2.0 * n * depth * (4 * v.width**2 + 2 * v.width * v.mlp_width),
+    first=embed[0],
+    inner=sum(embed[1:]) + 2.0 * n * depth * (4 * v.width**2 + 2 * v.width * v.mlp_width),
     paired=4.0 * n**2 * depth * v.width,
   )
 
 
 def _connector(config: ModelConfig) -> Work:
   """One image."""
-  n, c, d = config.vision.tokens, config.vision.width, config.decoder.width
+  n, d = config.image_tokens, config.decoder.width
+  c = config.vision.width * config.connector.merge**2
   return Work(first=2.0 * n * c * d, inner=2.0 * n * d * d * (config.connector.kind == "mlp"))
 
 

@@ -286,7 +286,7 @@ class Renderer:
     writer.image_slots.append(index)
     if tokenizer.im_start_id >= 0:
       writer.added(tokenizer.im_start_id)
-    writer.added(tokenizer.image_slot_id, self.model.vision.tokens)
+    writer.added(tokenizer.image_slot_id, self.model.image_tokens)
     if tokenizer.im_end_id >= 0:
       writer.added(tokenizer.im_end_id)
 

@@ -2,7 +2,15 @@ import json
 
 import pytest
 
-from regionjax.config import Config, ConfigError, ModelConfig, from_dict, to_dict
+from regionjax.config import (
+  Config,
+  ConfigError,
+  ConnectorConfig,
+  ModelConfig,
+  VisionConfig,
+  from_dict,
+  to_dict,
+)
 from regionjax.config_files import (
   apply_overrides,
   difference,
@@ -129,6 +137,15 @@ def test_bad_config_files(spec, message):
 def test_unknown_keys_of_a_dict_are_named():
   with pytest.raises(ConfigError, match=r"'train.stepz'; did you mean steps"):
     from_dict(Config, {"train": {"stepz": 3}})
+
+
+def test_stem_and_merge_must_fit_the_patches():
+  with pytest.raises(ConfigError, match=r"2 times, to patches of 4 pixels.*patch_size=8"):
+    VisionConfig(patch_size=8, stem=(8, 16))
+  with pytest.raises(ConfigError, match=r"connector.merge=3.*\(16x16"):
+    ModelConfig(connector=ConnectorConfig(merge=3))
+  model = ModelConfig(connector=ConnectorConfig(merge=2))
+  assert (ModelConfig().image_tokens, model.image_tokens) == (256, 64)
 
 
 def test_parse_arg_keeps_the_defaults_types():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regionjax.config import ConfigError, ModelConfig, PromptConfig, VisionConfig
+from regionjax.config import ConfigError, ConnectorConfig, ModelConfig, PromptConfig, VisionConfig
 from regionjax.conversation import Conversation, PromptError, Renderer, escape
 from regionjax.data.schema import Example, ImageRef, Turn
 from regionjax.regions import Region
@@ -59,7 +59,9 @@ def gpt4roi(llama, **prompt) -> Renderer:
 
 def tiny_renderer(tiny, kind="pool", **prompt) -> Renderer:
   config = dataclasses.replace(
-    ModelConfig.tiny(kind), vision=VisionConfig.tiny(image_size=32, patch_size=16)
+    ModelConfig.tiny(kind),
+    vision=VisionConfig.tiny(image_size=32, patch_size=16, stem=()),
+    connector=ConnectorConfig(),
   )
   return Renderer(PromptConfig(**({"template": "plain"} | prompt)), config, tiny)
 

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regionjax.config import REGION_KINDS, ConfigError, ModelConfig, PromptConfig, VisionConfig
+from regionjax.config import (
+  REGION_KINDS,
+  ConfigError,
+  ConnectorConfig,
+  ModelConfig,
+  PromptConfig,
+  VisionConfig,
+)
 from regionjax.conversation import Conversation, PromptError, Renderer, escape, user_to_internal
 from regionjax.data.schema import Example, ImageRef, Turn
 from regionjax.mentions import Mention, parse
@@ -28,7 +35,9 @@ def tiny():
 
 def tiny_renderer(tiny, kind="pool", **prompt) -> Renderer:
   config = dataclasses.replace(
-    ModelConfig.tiny(kind), vision=VisionConfig.tiny(image_size=32, patch_size=16)
+    ModelConfig.tiny(kind),
+    vision=VisionConfig.tiny(image_size=32, patch_size=16, stem=()),
+    connector=ConnectorConfig(),
   )
   return Renderer(PromptConfig(**({"template": "plain"} | prompt)), config, tiny)
 

@@ -25,7 +25,9 @@ def tokenizer():
 def config(tokenizer):
   model = dataclasses.replace(
     ModelConfig.tiny("pool"),
-    vision=VisionConfig.tiny(image_size=32, width=32, layers=4, heads=1, mlp_width=32),
+    vision=VisionConfig.tiny(
+      image_size=32, patch_size=16, stem=(), width=32, layers=4, heads=1, mlp_width=32
+    ),
     decoder=DecoderConfig.tiny(vocab_size=tokenizer.vocab_size, width=16, layers=2, mlp_width=16),
   )
   return Config(name="small", model=model)

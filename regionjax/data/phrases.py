@@ -13,6 +13,8 @@ NAME = (
   "What do you see in {r}?",
   "{r}: what is it?",
 )
+# Pointing without a word: a short caption is what a person who clicks wants to hear.
+POINTED = ("{r}",)
 CAPTION = (
   "Describe {r}.",
   "Give a short caption of {r}.",

@@ -147,7 +147,8 @@ def attribute(a: Asker) -> bool:
 
 def describe(a: Asker) -> bool:
   answers = {k: caption(t) for k, t in enumerate(a.scene.things)}
-  return a.ask_one("caption", "caption", phrases.CAPTION, answers)
+  forms = phrases.POINTED if a.draw.flip(0.75) else phrases.CAPTION
+  return a.ask_one("caption", "caption", forms, answers)
 
 
 def read(a: Asker) -> bool:

@@ -214,6 +214,6 @@ def _identity(config: Config, renderer: Renderer, mixture: Mixture) -> dict[str,
   identity["prompt"] = to_dict(config.prompt)
   identity["tokenizer"] = renderer.tokenizer.fingerprint
   identity["region.kind"] = config.model.region.kind
-  identity["vision.tokens"] = config.model.vision.tokens
+  identity["image_tokens"] = config.model.image_tokens
   # As JSON gives it back: a state from a file compares equal to one that never left memory.
   return json.loads(json.dumps(identity))

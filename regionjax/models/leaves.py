@@ -52,6 +52,24 @@ class Kernel(nn.Module):
     return kernel, self.param("bias", nn.initializers.zeros, self.features[1:], jnp.float32)
 
 
+class ConvKernel(nn.Module):
+  """A square convolution's weights, for ReLU behind it (He initialisation).
+
+  Attributes:
+    sizes: side of the window, input and output width.
+  """
+
+  sizes: tuple[int, int, int]
+
+  @nn.compact
+  def __call__(self) -> tuple[Array, Array]:
+    """(kernel [S, S, D, E], bias [E])."""
+    side, d, e = self.sizes
+    stddev = (2 / (side * side * d)) ** 0.5
+    kernel = self.param("kernel", normal(stddev), (side, side, d, e), jnp.float32)
+    return kernel, self.param("bias", nn.initializers.zeros, (e,), jnp.float32)
+
+
 class Scale(nn.Module):
   """A norm's scale and, when asked for, bias."""
 

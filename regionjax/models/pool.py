@@ -3,7 +3,7 @@
 A region is described by what stands in the bins of its enclosing box (RoIAlign: where things are),
 by the mean of the patches it covers (which pixels are meant: a mask differs from its box), and by
 its coordinates and kind. Points, boxes and masks take the same path: a point is a box without
-area, whose bins all read the point itself, and its cover is the bilinear weights of that point.
+area, its cover is the bilinear weights of that point, and its bins read a window around it.
 
 Axes: B rows, K images of a row, R regions, N patches, H and W patches per column and row, C
 channels, D the decoder's width.
@@ -21,6 +21,7 @@ from regionjax.config import RegionConfig
 from regionjax.ops.roi_align import roi_align
 
 KINDS = 4  # 0 padding, 1 point, 2 box, 3 mask: the values of Batch.region_kind_br
+POINT = 1
 
 
 def cover_mean(patches_bknc: jax.Array, cover_brn: jax.Array, image_br: jax.Array) -> jax.Array:
@@ -42,12 +43,25 @@ def cover_mean(patches_bknc: jax.Array, cover_brn: jax.Array, image_br: jax.Arra
   return jnp.einsum("brkn,bknc->brc", weight_brkn.astype(patches_bknc.dtype), patches_bknc)
 
 
+def bin_boxes(boxes_br4: jax.Array, kind_br: jax.Array, point_window: float) -> jax.Array:
+  """The boxes whose bins are read, [B, R, 4]: around a point a window, else the region's own box.
+
+  Args:
+    boxes_br4: normalised xyxy.
+    kind_br: int32, 1 point.
+    point_window: side of a point's window, share of the image's sides.
+  """
+  half = point_window / 2
+  around_4 = jnp.array([-half, -half, half, half], boxes_br4.dtype)
+  return boxes_br4 + jnp.where((kind_br == POINT)[..., None], around_4, 0.0)
+
+
 class PoolEncoder(nn.Module):
   """RoIAlign bins and the mean of the covered patches, through one hidden layer.
 
   Attributes:
     config: `layers` (several hidden states are normalised and concatenated), `width` of the hidden
-      layer, `output_size`, `sampling_ratio`, `position_width`.
+      layer, `output_size`, `sampling_ratio`, `position_width`, `point_window`.
     out_width: D.
     grid: patches (per column, per row).
     dtype: of the computation; parameters are float32.
@@ -105,7 +119,7 @@ class PoolEncoder(nn.Module):
     boxes_br4 = jnp.where(mask_br1, boxes_br4, 0.0)
     bins_brpqc = roi_align(
       maps.reshape(b, k, *self.grid, channels),
-      boxes_br4,
+      bin_boxes(boxes_br4, region_kind_br, c.point_window),
       output_size=c.output_size,
       sampling_ratio=c.sampling_ratio,
       box_image=box_image_br,

@@ -27,7 +27,7 @@ class ImageFeatures(NamedTuple):
   """What is computed once per image and reused over turns and regions.
 
   Attributes:
-    tokens_bknd: [B, K, N, D] image tokens; None without images.
+    tokens_bknd: [B, K, N, D] image tokens (N after merging); None without images.
     maps: what the region encoder reads; None without images or without region features.
   """
 
@@ -36,15 +36,21 @@ class ImageFeatures(NamedTuple):
 
 
 class Connector(nn.Module):
-  """ViT channels to decoder channels: one linear map, or two with a GELU between (LLaVA-1.5)."""
+  """ViT channels to decoder channels: one linear map, or two with a GELU between (LLaVA-1.5).
+
+  Attributes:
+    config: kind, and how many patches share a token.
+    out_width: D, the decoder's channels.
+  """
 
   config: ConnectorConfig
-  width: int
   out_width: int
 
   @nn.compact
-  def __call__(self, x_bknc: Array) -> Array:
-    c, d = self.width, self.out_width
+  def __call__(self, x_bkhwc: Array) -> Array:
+    """[B, K, H, W, C] to [B, K, H * W / merge^2, D]."""
+    x_bknc = tokens.merge_patches(x_bkhwc, self.config.merge)
+    c, d = x_bknc.shape[-1], self.out_width
     if self.config.kind == "linear":
       return mlp.linear(x_bknc, *Kernel((c, d), use_bias=True, name="linear")())
     if self.config.kind != "mlp":
@@ -94,7 +100,7 @@ class RegionLM(nn.Module):
     dtype = jnp.dtype(cfg.compute_dtype)
     run = dict(dtype=dtype, scan_layers=cfg.scan_layers, remat=cfg.remat)
     self.vision = VisionTransformer(cfg.vision, depth=vision_depth(cfg), **run)
-    self.connector = Connector(cfg.connector, cfg.vision.width, cfg.decoder.width)
+    self.connector = Connector(cfg.connector, cfg.decoder.width)
     self.regions = make_region_encoder(cfg)
     self.decoder = Decoder(cfg.decoder, **run)
 
@@ -146,7 +152,10 @@ class RegionLM(nn.Module):
       x = hidden[layer][:, 1:]
       return x.reshape(b, k, *x.shape[1:])
 
-    tokens_bknd = self.connector(patches(self.config.vision.blocks_used))
+    last_bknc = patches(self.config.vision.blocks_used)
+    patch = self.config.vision.patch_size
+    grid = (images_bkhwc.shape[2] // patch, images_bkhwc.shape[3] // patch)
+    tokens_bknd = self.connector(last_bknc.reshape(b, k, *grid, last_bknc.shape[-1]))
     maps = None
     if self.regions is not None:
       maps = self.regions.maps([patches(layer) for layer in region_layers(self.config)])

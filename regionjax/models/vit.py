@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from regionjax.config import VisionConfig
-from regionjax.models.leaves import Kernel, Scale, normal, remat, scan
+from regionjax.models.leaves import ConvKernel, Kernel, Scale, normal, remat, scan
 from regionjax.ops import attention, mlp, norms, tokens
 
 Array = jax.Array
@@ -79,8 +79,13 @@ class VisionTransformer(nn.Module):
     depth = cfg.layers if self.depth is None else self.depth
     grid = (images_bhwc.shape[1] // p, images_bhwc.shape[2] // p)
 
-    patches_bnp = tokens.patchify(images_bhwc.astype(self.dtype), p)
-    patches_bnc = mlp.linear(patches_bnp, *Kernel((p * p * 3, c), name="patch")())
+    x_bhwc = images_bhwc.astype(self.dtype)
+    for i, (before, after) in enumerate(zip((3, *cfg.stem), cfg.stem)):
+      kernel = ConvKernel((3, before, after), name=f"stem_{i}")()
+      x_bhwc = jax.nn.relu(tokens.halving_conv(x_bhwc, *kernel))
+    size, last = (1, cfg.stem[-1]) if cfg.stem else (p, 3)
+    patches_bnp = tokens.patchify(x_bhwc, size)
+    patches_bnc = mlp.linear(patches_bnp, *Kernel((size * size * last, c), name="patch")())
     class_c = self.param("class_token", normal(c**-0.5), (c,), jnp.float32)
     class_b1c = jnp.broadcast_to(class_c.astype(self.dtype), (images_bhwc.shape[0], 1, c))
     table_nc = self.param("positions", normal(c**-0.5), (1 + cfg.tokens, c), jnp.float32)

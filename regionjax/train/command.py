@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from regionjax.train.heap import keep_freed_memory
+
 HELP = "train a model from a config file, or go on training it"
 
 EPILOG = """\
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
   from regionjax.config_files import load_config
 
   config = load_config(args.config, args.overrides)
+  keep_freed_memory()
   # After the config is known to be sound: importing jax and its friends takes seconds.
   from regionjax.train.loop import DivergedError, train
 

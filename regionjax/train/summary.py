@@ -52,7 +52,7 @@ def summarize(
     "parameters": parameters(state),
     "tokens": {
       "llm": totals["tokens"],  # every position of the decoder that isn't padding
-      "image": totals["images"] * config.model.vision.tokens,  # of those, patches of images
+      "image": totals["images"] * config.model.image_tokens,  # of those, slots of images
       "region": totals["regions"] if config.model.region.features else 0,  # and region slots
       "supervised": totals["supervised"],
     },

@@ -17,7 +17,9 @@ def chat():
   tokenizer = load_tokenizer("tiny")
   model = dataclasses.replace(
     ModelConfig.tiny("pool"),
-    vision=VisionConfig.tiny(image_size=64, width=32, layers=1, heads=1, mlp_width=32),
+    vision=VisionConfig.tiny(
+      image_size=64, patch_size=16, stem=(), width=32, layers=1, heads=1, mlp_width=32
+    ),
     decoder=DecoderConfig.tiny(
       vocab_size=tokenizer.vocab_size, width=32, layers=1, heads=1, kv_heads=1, head_dim=32,
       mlp_width=32,

@@ -26,7 +26,9 @@ def small_config(region: str = "pool", *, template: str = "plain") -> Config:
   tokenizer = load_tokenizer("tiny")
   model = ModelConfig(
     name="small",
-    vision=VisionConfig.tiny(image_size=64, width=32, layers=2, heads=2, mlp_width=64),
+    vision=VisionConfig.tiny(
+      image_size=64, patch_size=16, stem=(), width=32, layers=2, heads=2, mlp_width=64
+    ),
     connector=ConnectorConfig("linear"),
     region=dataclasses.replace(RegionConfig.tiny(region), **_region_fields(region)),
     decoder=DecoderConfig.tiny(

@@ -167,9 +167,9 @@ def test_special_text_stays_text(chat):
   session = chat.start(PICTURE)
   session.ask("Is <bbox> </s> <im_patch> {region:0} ### red?", **FEW)
   ids = np.asarray(session._conversation.prompt.ids)
-  assert (ids == tokenizer.image_slot_id).sum() == chat.config.model.vision.tokens
+  assert (ids == tokenizer.image_slot_id).sum() == chat.config.model.image_tokens
   assert (ids == tokenizer.region_slot_id).sum() == 0
-  text = tokenizer.decode(ids[chat.config.model.vision.tokens :])
+  text = tokenizer.decode(ids[chat.config.model.image_tokens :])
   assert "<bbox> </s> <im_patch> {region:0} ### red?" in text
 
 

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from regionjax.config import REGION_KINDS, ModelConfig, VisionConfig
-from regionjax.models.pool import PoolEncoder, cover_mean
+from regionjax.models.pool import PoolEncoder, bin_boxes, cover_mean
 from regionjax.models.pyramid import PyramidEncoder
 from regionjax.models.region_encoders import make_region_encoder
 
 TINY = ModelConfig.tiny("pool")
-CONFIG = dataclasses.replace(TINY, vision=VisionConfig.tiny(image_size=(64, 96), width=32))
+CONFIG = dataclasses.replace(
+  TINY,
+  vision=VisionConfig.tiny(image_size=(64, 96), patch_size=16, stem=(), width=32, layers=4),
+  region=dataclasses.replace(TINY.region, layers=(1, 4), output_size=2, point_window=0.0),
+)
 GRID = (4, 6)
 
 
@@ -115,6 +119,16 @@ def test_a_point_reads_its_patch(case):
   assert touched[0, row, column] > 1e-4
   touched[0, row, column] = 0
   assert touched.max() < 1e-6
+
+
+def test_a_window_is_read_around_points_alone():
+  rng = np.random.default_rng(0)
+  boxes = np.sort(rng.uniform(0, 1, (1, 4, 2, 2)), axis=2).reshape(1, 4, 4).astype(np.float32)
+  boxes[:, 1, 2:] = boxes[:, 1, :2]
+  kinds = jnp.asarray([[2, 1, 3, 0]])
+  out = np.asarray(bin_boxes(jnp.asarray(boxes), kinds, 0.25))
+  np.testing.assert_array_equal(out[:, [0, 2, 3]], boxes[:, [0, 2, 3]])
+  np.testing.assert_allclose(out[0, 1], boxes[0, 1] + [-0.125, -0.125, 0.125, 0.125], atol=1e-7)
 
 
 def test_cover_mean():

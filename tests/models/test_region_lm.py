@@ -38,7 +38,7 @@ def small(kind="pool", **kw) -> ModelConfig:
     vision=dataclasses.replace(base.vision, image_size=16, patch_size=8, width=16, layers=2),
     region=region,
     decoder=dataclasses.replace(base.decoder, vocab_size=40, width=24, layers=2, head_dim=8),
-    **kw,
+    **({"connector": ConnectorConfig()} | kw),
   )
 
 

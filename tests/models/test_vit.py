@@ -169,3 +169,17 @@ def test_bfloat16_stays_near_float32():
 def test_an_image_that_patches_do_not_tile_is_refused():
   with pytest.raises(ValueError, match=r"30x28.*multiples of the patch size 7"):
     VisionTransformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 30, 28, 3)))
+
+
+def test_a_stem_takes_the_place_of_the_patches_pixels():
+  config = dataclasses.replace(CONFIG, image_size=(16, 24), patch_size=8, stem=(4, 6, 12))
+  module = VisionTransformer(config)
+  images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 16, 24, 3)), jnp.float32)
+  params = random_params(module, images)
+  assert params["stem_1"]["kernel"].shape == (3, 3, 4, 6)
+  assert params["patch"]["kernel"].shape == (12, 32)
+  hidden = jax.jit(module.apply)({"params": params}, images)
+  assert hidden[0].shape == (2, 1 + 2 * 3, 32)
+  # Each patch sees its own pixels, and 7 of its right and lower neighbours'.
+  grad = jax.grad(lambda x: module.apply({"params": params}, x)[0][0, 1].sum())(images)
+  assert jnp.any(grad[0, :8, :8]) and not jnp.any(grad[0, :, 16:]) and not jnp.any(grad[1])

@@ -43,6 +43,28 @@ def test_resize_positions_keeps_the_class_row_and_its_own_grid():
   np.testing.assert_allclose(tokens.resize_positions(flat, (2, 3), (5, 5))[1:], 1.0, atol=1e-6)
 
 
+def test_merged_patches_are_squares_side_by_side():
+  x = jnp.arange(2 * 1 * 4 * 6 * 2, dtype=jnp.float32).reshape(2, 1, 4, 6, 2)
+  merged = np.asarray(tokens.merge_patches(x, 2))
+  assert merged.shape == (2, 1, 6, 8)
+  square = np.asarray(x)[1, 0, 2:4, 4:6]  # second row of squares, third of its columns
+  np.testing.assert_array_equal(merged[1, 0, 5], square.reshape(-1))
+  np.testing.assert_array_equal(tokens.merge_patches(x, 1), x.reshape(2, 1, 24, 2))
+  with pytest.raises(ValueError, match=r"4x6 patches.* can't be merged 4 by 4"):
+    tokens.merge_patches(x, 4)
+
+
+def test_halving_conv_is_torchs_with_zeros_after():
+  rng = np.random.default_rng(0)
+  x, kernel, bias = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 6, 3), (3, 3, 3, 5), 5))
+  theirs = torch.nn.functional.conv2d(
+    torch.nn.functional.pad(torch.tensor(x).permute(0, 3, 1, 2), (0, 1, 0, 1)),
+    torch.tensor(kernel).permute(3, 2, 0, 1), torch.tensor(bias), stride=2,
+  )  # fmt: skip
+  ours = tokens.halving_conv(jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(bias))
+  np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+
+
 def by_hand(x, slots, features):
   out = np.array(x)
   for b in range(len(x)):

@@ -27,7 +27,7 @@ def micro():
   model = ModelConfig(
     name="micro",
     vision=VisionConfig.tiny(
-      image_size=32, patch_size=16, width=32, layers=1, heads=1, mlp_width=32
+      image_size=32, patch_size=16, stem=(), width=32, layers=1, heads=1, mlp_width=32
     ),
     region=dataclasses.replace(RegionConfig.tiny("pool"), layers=(1,), width=32, position_width=16),
     decoder=DecoderConfig.tiny(
@@ -59,7 +59,7 @@ def random_batch():
     data, vision = config.data, config.model.vision
     b, t, r = rows or data.rows, data.tokens_per_row, data.regions_per_row
     tokens = rng.integers(10, 200, (b, t)).astype(np.int32)
-    tokens[:, 1 : 1 + vision.tokens] = IMAGE_SLOT
+    tokens[:, 1 : 1 + config.model.image_tokens] = IMAGE_SLOT
     tokens[:, 10:12] = REGION_SLOT
     segments = np.ones((b, t), np.int32)
     segments[:, t // 2 :] = 2

@@ -151,7 +151,7 @@ def test_what_a_run_leaves_behind(runs):
   parts = summary["parameters"]
   assert parts["total"] == sum(parts[p] for p in ("vision", "connector", "regions", "decoder"))
   assert summary["steps"] == 12 and summary["flops"] > 0
-  assert summary["tokens"]["image"] == summary["images"] * config.model.vision.tokens
+  assert summary["tokens"]["image"] == summary["images"] * config.model.image_tokens
   assert summary["tokens"]["llm"] > summary["tokens"]["image"] + summary["tokens"]["region"]
   assert summary["versions"]["jax"] == jax.__version__
   assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
