@@ -1,12 +1,13 @@
-"""What a region's way into the language model is worth: one table and two curves.
+"""What a region's way into the language model is worth: a table and curves.
 
   python launch/compare_regions.py --minutes 8 --seeds 3 --out runs/compare
 
 trains the tiny model once for each way (`pyramid`, `pool`, `text`, `pool+text`, `none`) and seed,
 with the same scenes in the same order, the same decoder and the same minutes on the same machine,
-and writes `table.md`, `curves.png` and `results.json`. A run that has a `summary.json` is not run
-again, and one that was stopped goes on from its checkpoint, so the command can be repeated until
-everything is there.
+and writes `table.md`, `results.json` and pictures of the curves: all questions and each kind of
+reference in `curves.png`, each task in `tasks-1.png` and `tasks-2.png`. A run that has a
+`summary.json` is not run again, and one that was stopped goes on from its checkpoint, so the
+command can be repeated until everything is there.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from regionjax.train.metrics import read_metrics
 
 KINDS = ("pyramid", "pool", "text", "pool+text", "none")
+Cells = dict[str, list[dict[str, Any]]]  # way -> what `read_cell` gives for each seed
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.py"
 
 
@@ -46,20 +49,27 @@ def run_cell(kind: str, seed: int, args: argparse.Namespace) -> Path:
 
 
 def read_cell(workdir: Path) -> dict[str, Any]:
-  """The curve and the end of one run.
+  """The curves and the end of one run.
 
   Returns:
-    `curve`: rows of (examples, flops, accuracy); `end`: summary.json.
+    `curves`: 'all', each task and each kind of reference -> rows of (examples, flops, accuracy),
+      one an evaluation; `end`: summary.json.
   """
   rows = read_metrics(workdir / "metrics.jsonl")
   train = [r for r in rows if r["kind"] == "train"]
   steps = [r["step"] for r in train]
-  curve = []
+  curves: dict[str, list[tuple[float, float, float]]] = {}
   for row in rows:
     if row["kind"] == "eval" and train:
-      at = [np.interp(row["step"], steps, [r[key] for r in train]) for key in ("examples", "flops")]
-      curve.append((*map(float, at), row["accuracy"]))
-  return {"curve": curve, "end": json.loads((workdir / "summary.json").read_text())}
+      examples, flops = (
+        float(np.interp(row["step"], steps, [r[key] for r in train]))
+        for key in ("examples", "flops")
+      )
+      named = {"all": row["accuracy"], **row["by_task"]}
+      named |= {f"by {kind}": value for kind, value in row["by_reference"].items()}
+      for name, accuracy in named.items():
+        curves.setdefault(name, []).append((examples, flops, accuracy))
+  return {"curves": curves, "end": json.loads((workdir / "summary.json").read_text())}
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -69,7 +79,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
   return f"{array.mean():.1f} ± {spread:.1f}"
 
 
-def table(cells: dict[str, list[dict[str, Any]]]) -> str:
+def table(cells: Cells) -> str:
   """Accuracy at the end of the budget, by task and by kind of reference, as Markdown."""
   kinds = list(cells)
   lines = ["| | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
@@ -92,27 +102,55 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def plot(cells: dict[str, list[dict[str, Any]]], path: Path, *, title: str) -> None:
-  """Accuracy against examples and against FLOPs; one thin line a seed, a bold one for the mean."""
-  figure = Figure(figsize=(12, 4.6), layout="constrained")
+def plot(cells: Cells, names: Sequence[str], path: Path, *, title: str) -> None:
+  """One panel a name, above against examples and below against FLOPs.
+
+  One thin line a seed, a bold one for the mean.
+  """
+  figure = Figure(figsize=(2.6 * len(names) + 0.6, 5.6), layout="constrained")
   FigureCanvasAgg(figure)
   figure.suptitle(title)
-  for axes, column, label in zip(
-    figure.subplots(1, 2), (0, 1), ("examples seen", "model FLOPs spent"), strict=True
-  ):
-    for k, (kind, runs) in enumerate(cells.items()):
-      curves = [np.asarray(run["curve"]) for run in runs if run["curve"]]
-      for curve in curves:
-        axes.plot(curve[:, column], 100 * curve[:, 2], color=f"C{k}", alpha=0.3, linewidth=0.8)
-      grid = np.linspace(max(c[0, column] for c in curves), min(c[-1, column] for c in curves), 60)
-      mean = np.mean([np.interp(grid, c[:, column], c[:, 2]) for c in curves], axis=0)
-      axes.plot(grid, 100 * mean, color=f"C{k}", linewidth=2, label=kind)
-    axes.set(xlabel=label, ylabel="held-out exact match, %")
-    axes.set_xscale("log")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+  grid = figure.subplots(2, len(names), squeeze=False, sharey=True)
+  for column, name in enumerate(names):
+    for x, label in enumerate(("examples seen", "model FLOPs spent")):
+      axes = grid[x][column]
+      for k, runs in enumerate(cells.values()):
+        curves = [np.asarray(run["curves"][name]) for run in runs if name in run["curves"]]
+        _draw_curves(axes, curves, x, f"C{k}")
+      axes.set(title=name if x == 0 else None, xlabel=label, xscale="log")
+      axes.grid(alpha=0.3)
+      axes.spines[["top", "right"]].set_visible(False)
+  for axes in grid[:, 0]:
+    axes.set(ylabel="exact match, %", ylim=(0, 100))
+  handles = [Line2D([], [], color=f"C{k}", linewidth=2) for k in range(len(cells))]
+  figure.legend(handles, list(cells), loc="outside lower center", ncols=len(cells), frameon=False)
   figure.savefig(path, dpi=110)
+
+
+def _draw_curves(axes: Any, curves: Sequence[np.ndarray], x: int, colour: str) -> None:
+  """Curves [evaluations, (examples, flops, accuracy)] over column `x`, and their mean."""
+  for curve in curves:
+    axes.plot(curve[:, x], 100 * curve[:, 2], color=colour, alpha=0.3, linewidth=0.8)
+  if not curves:
+    return
+  shared = np.linspace(max(c[0, x] for c in curves), min(c[-1, x] for c in curves), 60)
+  mean = np.mean([np.interp(shared, c[:, x], c[:, 2]) for c in curves], axis=0)
+  axes.plot(shared, 100 * mean, color=colour, linewidth=2)
+
+
+def draw_all(cells: Cells, out: Path, *, title: str) -> None:
+  """curves.png (all questions, and by kind of reference), tasks-1.png and tasks-2.png."""
+  names = sorted({name for runs in cells.values() for run in runs for name in run["curves"]})
+  references = [name for name in names if name.startswith("by ") and name != "by none"]
+  tasks = [name for name in names if name != "all" and not name.startswith("by ")]
+  half = -(-len(tasks) // 2)
+  for file, panels in (
+    ("curves.png", ["all", *references]),
+    ("tasks-1.png", tasks[:half]),
+    ("tasks-2.png", tasks[half:]),
+  ):
+    if panels:
+      plot(cells, panels, out / file, title=title)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,10 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = table(cells)
     (args.out / "table.md").write_text(text)
     (args.out / "results.json").write_text(json.dumps(cells, indent=1) + "\n")
-    plot(
-      cells, args.out / "curves.png",
-      title=f"scenes, {args.minutes:g} minutes a run, {seed + 1} seeds (thin lines)",
-    )  # fmt: skip
+    title = f"scenes, {args.minutes:g} minutes a run, {seed + 1} seeds (thin lines)"
+    draw_all(cells, args.out, title=title)
     print(text, flush=True)
   return 0
 

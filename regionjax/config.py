@@ -42,6 +42,11 @@ class VisionConfig:
   stem: tuple[int, ...] = ()
 
   def __post_init__(self) -> None:
+    if self.width % self.heads:
+      raise ConfigError(
+        f"vision.width={self.width} can't be split into vision.heads={self.heads}; make it a "
+        "multiple"
+      )
     if self.stem and 2 ** len(self.stem) != self.patch_size:
       raise ConfigError(
         f"vision.stem={self.stem} halves the image {len(self.stem)} times, to patches of "
@@ -157,6 +162,15 @@ class DecoderConfig:
   eps: float = 1e-6
   tie_embeddings: bool = False
   max_length: int = 2048
+
+  def __post_init__(self) -> None:
+    if self.heads % self.kv_heads:
+      raise ConfigError(
+        f"decoder.heads={self.heads} can't share decoder.kv_heads={self.kv_heads}; make it "
+        "a multiple"
+      )
+    if self.head_dim % 2:
+      raise ConfigError(f"decoder.head_dim={self.head_dim}: RoPE turns pairs; make it even")
 
   @property
   def padded_vocab(self) -> int:

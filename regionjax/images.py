@@ -201,12 +201,21 @@ def shortest_edge_crop(
   """'hf': Hugging Face's CLIPImageProcessor with its defaults."""
   side = _square(size_hw, "hf")
   pixels = _shortest_edge(image_u8, side, "hf")
-  height, width = pixels.shape[:2]
+  top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+  cut = pixels[top : top + side, left : left + side]
+  return cut, crop_transform((image_u8.shape[1], image_u8.shape[0]), size_hw)
+
+
+def crop_transform(size: tuple[int, int], size_hw: tuple[int, int]) -> ImageTransform:
+  """Where 'hf' puts an image of `size` (width, height), known without its pixels.
+
+  Raises:
+    ImageError: as `preprocess` for an image of that size.
+  """
+  side = _square(size_hw, "hf")
+  height, width = _shortest_edge_hw((size[1], size[0]), side, "hf")
   top, left = (height - side) // 2, (width - side) // 2
-  transform = ImageTransform(
-    (width / side, height / side), (-left / side, -top / side), (side, side)
-  )
-  return pixels[top : top + side, left : left + side], transform
+  return ImageTransform((width / side, height / side), (-left / side, -top / side), (side, side))
 
 
 def letterbox(
@@ -240,15 +249,18 @@ def _bicubic(image_u8: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _shortest_edge(image_u8: np.ndarray, side: int, rule: str) -> np.ndarray:
-  height, width = image_u8.shape[:2]
+  return _bicubic(image_u8, *_shortest_edge_hw(image_u8.shape[:2], side, rule))
+
+
+def _shortest_edge_hw(size_hw: tuple[int, ...], side: int, rule: str) -> tuple[int, int]:
+  height, width = size_hw
   long = int(side * max(height, width) / min(height, width))  # Hugging Face rounds down
   if long * side > MAX_PIXELS:
     raise ImageError(
       f"resize rule {rule!r}: a {width} x {height} image would become {long} x {side} pixels on "
       "the way; crop it, or use the rule 'chatspot' or 'letterbox'"
     )
-  new_h, new_w = (long, side) if height > width else (side, long)
-  return _bicubic(image_u8, new_h, new_w)
+  return (long, side) if height > width else (side, long)
 
 
 def _bilinear(pixels: np.ndarray, n: int, *, axis: int) -> np.ndarray:

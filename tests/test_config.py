@@ -6,6 +6,7 @@ from regionjax.config import (
   Config,
   ConfigError,
   ConnectorConfig,
+  DecoderConfig,
   ModelConfig,
   VisionConfig,
   from_dict,
@@ -137,6 +138,15 @@ def test_bad_config_files(spec, message):
 def test_unknown_keys_of_a_dict_are_named():
   with pytest.raises(ConfigError, match=r"'train.stepz'; did you mean steps"):
     from_dict(Config, {"train": {"stepz": 3}})
+
+
+def test_heads_must_share_what_they_split():
+  with pytest.raises(ConfigError, match=r"vision.width=100 .* vision.heads=16"):
+    VisionConfig(width=100)
+  with pytest.raises(ConfigError, match=r"decoder.heads=32 .* decoder.kv_heads=5"):
+    DecoderConfig(kv_heads=5)
+  with pytest.raises(ConfigError, match="head_dim=15"):
+    DecoderConfig(head_dim=15)
 
 
 def test_stem_and_merge_must_fit_the_patches():

@@ -50,7 +50,7 @@ def make_eval_batches(
   for i in range(min(n_examples, len(source))):
     try:
       name = getattr(source, "name", type(source).__name__)
-      item = encode_draw(Draw(i, name, source[i]), renderer, packer.capacity)
+      item = encode_draw(Draw(i, name, source[i]), renderer, config)
     except Rejected as rejected:
       last = rejected.args[1]
       continue

@@ -19,6 +19,8 @@ from regionjax.config import Config, ConfigError, to_dict
 from regionjax.data.errors import DataError
 from regionjax.data.mixing import Draw, Mixture
 from regionjax.data.packing import FirstFit, OpenRow, Size
+from regionjax.images import crop_transform
+from regionjax.regions import RegionError
 
 if TYPE_CHECKING:
   from regionjax.conversation import Encoded, Renderer
@@ -46,14 +48,15 @@ class Rejected(Exception):
   """An example that no row can hold or that teaches nothing; `args` are (reason, message)."""
 
 
-def encode_draw(draw: Draw, renderer: Renderer, capacity: Size) -> Item:
+def encode_draw(draw: Draw, renderer: Renderer, config: Config) -> Item:
   """Tokenises a draw so that it fits a row of its own, dropping whole turns where necessary.
 
   Raises:
-    Rejected: it doesn't fit even so ('tokens', 'images', 'regions'), or nothing of what is left is
-      supervised ('unsupervised').
+    Rejected: it doesn't fit even so ('tokens', 'images', 'regions'), nothing of what is left is
+      supervised ('unsupervised'), or the resize rule cuts a region away ('cropped').
     DataError: the example cannot be rendered at all.
   """
+  capacity = row_capacity(config)
   try:
     encoded = renderer.encode(draw.example, max_length=capacity.tokens)
   except ValueError as error:
@@ -73,7 +76,29 @@ def encode_draw(draw: Draw, renderer: Renderer, capacity: Size) -> Item:
     )
   if not encoded.mask.any():
     raise Rejected("unsupervised", f"{draw.label} has no supervised answer")
+  if config.data.resize == "hf":
+    _check_crop(item, config)
   return item
+
+
+def _check_crop(item: Item, config: Config) -> None:
+  """Rejects an example with a region in the part of its image that the 'hf' rule cuts away.
+
+  Only for images whose size is known beforehand; others are found out when they are decoded.
+  """
+  example = item.draw.example
+  for r in set(item.encoded.region_slots):
+    size = example.images[example.region_images[r]].size
+    if size is None:
+      continue
+    try:
+      example.regions[r].transform(crop_transform(size, config.model.vision.image_hw))
+    except RegionError as error:
+      raise Rejected(
+        "cropped",
+        f"{item.draw.label}: region {r} lies in what the resize rule 'hf' cuts away of an image of "
+        f"{size[0]} x {size[1]} pixels; data.resize=letterbox or chatspot keeps the whole image",
+      ) from error
 
 
 def check_layout(config: Config, host: int, hosts: int) -> None:
@@ -114,6 +139,7 @@ class RowStream:
     self.capacity = row_capacity(config)
     self._mixture = mixture
     self._renderer = renderer
+    self._config = config
     self._rows = config.data.rows
     self._identity = _identity(config, renderer, mixture)
     self._packer: FirstFit[Item] = FirstFit(self.capacity, config.data.packing_bins)
@@ -133,7 +159,7 @@ class RowStream:
       draw = self._mixture[self._next]
       self._next += 1
       try:
-        item = encode_draw(draw, self._renderer, self.capacity)
+        item = encode_draw(draw, self._renderer, self._config)
       except Rejected as rejected:
         misses += 1
         self._reject(rejected, misses)
@@ -175,7 +201,7 @@ class RowStream:
     rows = []
     for indices in state["open"]:
       try:
-        items = [encode_draw(self._mixture[i], self._renderer, self.capacity) for i in indices]
+        items = [encode_draw(self._mixture[i], self._renderer, self._config) for i in indices]
       except Rejected as rejected:
         raise DataError(
           f"the sources have changed since the data state was saved: {rejected.args[1]}"

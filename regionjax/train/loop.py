@@ -148,6 +148,8 @@ class _Loop:
     self._writer.close()
     self._run.pipeline.close()
     self._run.checkpoints.close()
+    if self._run.lock is not None:
+      self._run.lock.close()
 
   def _step(self) -> None:
     run, ledger = self._run, self._run.ledger

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from jax.sharding import Mesh
@@ -44,6 +44,7 @@ class Run:
   checkpoints: Checkpoints
   state: TrainState
   ledger: Ledger
+  lock: IO[Any] | None  # held as long as the run uses the folder
 
 
 def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run:
@@ -76,6 +77,7 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
     evaluator = Evaluator(apply, held_out_batches(config, renderer), mesh)
 
   workdirs.register(workdir, config)
+  lock = workdirs.lock(workdir)
   checkpoints = Checkpoints(workdir, keep=config.train.keep, log=log)
   restored = checkpoints.restore_latest(like)
   if restored is None:
@@ -87,7 +89,7 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
     log(f"going on from step {ledger.step} in {workdir}")
   step = make_train_step(config, apply, optimizer, mesh)
   return Run(
-    config, workdir, mesh, tokenizer, pipeline, step, evaluator, checkpoints, state, ledger
+    config, workdir, mesh, tokenizer, pipeline, step, evaluator, checkpoints, state, ledger, lock
   )
 
 

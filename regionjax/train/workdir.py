@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import jax
 
@@ -11,6 +13,7 @@ from regionjax.config import Config, ConfigError
 from regionjax.config_files import difference, read_config, write_config
 
 CONFIG = "config.json"
+LOCK = ".lock"
 
 # What a run may change when it goes on: how long it is and how often it looks up. Everything else
 # would make the later part another experiment than the earlier one. A new `steps` or time limit
@@ -66,3 +69,28 @@ def register(workdir: Path, config: Config) -> None:
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_config(workdir / CONFIG, config)
+
+
+def lock(workdir: Path) -> IO[Any] | None:
+  """Takes the folder for this run; closing what is returned, or the end of the process, frees it.
+
+  Two processes in one folder would overwrite each other's checkpoints. Only host 0 writes there, so
+  only host 0 locks; a file system without locks is used without one.
+
+  Raises:
+    ConfigError: another process has it.
+  """
+  if jax.process_index() != 0:
+    return None
+  file = (workdir / LOCK).open("a")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    file.close()
+    raise ConfigError(
+      f"--workdir {workdir} is in use by another process; wait for it, stop it, or name another "
+      "folder"
+    ) from error
+  except OSError:
+    pass
+  return file

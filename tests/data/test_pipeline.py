@@ -17,6 +17,7 @@ from PIL import Image
 from regionjax.config import (
   Config,
   ConfigError,
+  ConnectorConfig,
   DataConfig,
   ModelConfig,
   PromptConfig,
@@ -120,7 +121,8 @@ def make_config(*, kind="pool", model=None, **data):
     regions_per_row=8, packing_bins=3, prefetch=2,
   )  # fmt: skip
   model = ModelConfig.tiny(kind)
-  model = dataclasses.replace(model, vision=VisionConfig.tiny(image_size=32, patch_size=8))
+  vision = VisionConfig.tiny(image_size=32, patch_size=8)
+  model = dataclasses.replace(model, vision=vision, connector=ConnectorConfig())
   return Config(model=model, prompt=PromptConfig(), data=DataConfig(**(settings | data)))
 
 
@@ -369,6 +371,25 @@ def test_examples_that_cannot_fit_are_skipped_and_counted(make, pictures, caplog
   said = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
   assert len(said) == 3
   assert any("'album'" in s and "data.images_per_row" in s for s in said)
+
+
+def test_a_region_that_the_crop_cuts_away_skips_its_example(make, pictures):
+  image = ImageRef("file", str(pictures / "2.png"), SIZES[2])  # 25 x 50: 'hf' keeps the middle half
+
+  def about(name, y):
+    turns = (Turn("user", "What is {region:0}?"), Turn("assistant", "A tree.", True, "name"))
+    region = Region.point(0.5, y)
+    return Example(
+      images=(image,), regions=(region,), region_images=(0,), turns=turns, meta={"id": name}
+    )
+
+  sources = [Listed([about("middle", 0.5), about("top", 0.1)])]
+  pipeline = make(given=sources, resize="hf")
+  batches = take(pipeline, 2)
+  assert {m["id"] for _, meta in batches for row in meta for m in row} == {"middle"}
+  assert set(pipeline.stats()["skipped"]) == {"cropped"}
+  whole = make(given=sources, resize="letterbox")
+  assert {m["id"] for _, meta in take(whole, 2) for row in meta for m in row} == {"middle", "top"}
 
 
 def test_nothing_that_fits_is_an_error(make):

@@ -27,9 +27,12 @@ def write_run(folder: Path, accuracy: float) -> Path:
     for s in (1, 10, 20)
   ]
   rows += [
-    {"kind": "eval", "step": 10, "loss": 1.0, "accuracy": accuracy / 2},
-    {"kind": "eval", "step": 20, "loss": 1.0, "accuracy": accuracy},
-  ]
+    {
+      "kind": "eval", "step": step, "loss": 1.0, "accuracy": value, "by_task": {"name": value},
+      "by_reference": {"box": value, "none": 0.0},
+    }
+    for step, value in ((10, accuracy / 2), (20, accuracy))
+  ]  # fmt: skip
   (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   summary = {
     "accuracy": {
@@ -50,5 +53,8 @@ def test_finished_runs_become_a_table_and_a_picture_without_training_again(compa
   assert "| **all questions** | 85.0 ± 7.1 | 25.0 ± 7.1 |" in table
   assert "| asked by box | 85.0 ± 7.1 | 25.0 ± 7.1 |" in table
   cells = json.loads((tmp_path / "results.json").read_text())
-  assert cells["pool"][0]["curve"] == [[160.0, 1e10, 0.4], [320.0, 2e10, 0.8]]
-  assert Image.open(tmp_path / "curves.png").size[0] > 1000
+  curves = cells["pool"][0]["curves"]
+  assert set(curves) == {"all", "name", "by box", "by none"}
+  assert curves["by box"] == [[160.0, 1e10, 0.4], [320.0, 2e10, 0.8]]
+  for name in ("curves.png", "tasks-1.png"):
+    assert min(Image.open(tmp_path / name).size) > 300

@@ -13,6 +13,7 @@ from regionjax.config import ConfigError, RegionConfig
 from regionjax.data.errors import DataError
 from regionjax.mesh import make_mesh
 from regionjax.train import loop
+from regionjax.train import workdir as workdirs
 from regionjax.train.finish import export_workdir
 from regionjax.train.metrics import read_metrics
 from regionjax.train.progress import Progress
@@ -271,3 +272,11 @@ def test_a_time_limit_ends_the_schedule(micro, tmp_path):
   assert 0 <= outcome.step < 12
   assert outcome.summary["time_limited"] is True
   assert "not reproducible" in (tmp_path / "release" / "README.md").read_text()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+  held = workdirs.lock(tmp_path)
+  with pytest.raises(ConfigError, match="in use by another process"):
+    workdirs.lock(tmp_path)
+  held.close()
+  workdirs.lock(tmp_path).close()
