@@ -1,7 +1,8 @@
 """Package metadata. Tool settings are in pyproject.toml.
 
-Lower bounds are the oldest releases that the tests have run with; an upper bound or an exclusion
-stands only where a release is known to break something, with the reason beside it.
+Lower bounds are the releases that first had what we use; the tests run with the newest that pip
+finds. An upper bound or an exclusion stands only where a release is known to break something, with
+the reason beside it.
 """
 
 import pathlib

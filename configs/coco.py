@@ -5,7 +5,8 @@
       --checkpoint runs/mine/release
 
 Arguments: `annotations` and `images`; `text` is category, caption or auto (the caption where a box
-has one); `init` is the release to start from (the model that ships with the package); `steps`.
+has one); `strict=true` makes every defect of the file an error instead of a count in a report;
+`init` is the release to start from (the model that ships with the package); `steps`.
 """
 
 import dataclasses
@@ -19,8 +20,12 @@ from regionjax.weights import release
 
 def get_config(arg: str | None = None) -> ConfigDict:
   options = parse_arg(
-    arg, {"annotations": "", "images": "", "text": "auto", "init": "tiny", "steps": 200, "seed": 0}
-  )
+    arg,
+    {
+      "annotations": "", "images": "", "text": "auto", "strict": False, "init": "tiny",
+      "steps": 200, "seed": 0,
+    },
+  )  # fmt: skip
   if not (options.annotations and options.images):
     raise ConfigError(
       "configs/coco.py needs a file and its folder: "
@@ -29,12 +34,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
   base = release.load_config(release.find(options.init))
   source = SourceConfig(
     "coco",
-    args={"annotations": options.annotations, "images": options.images, "text": options.text},
+    args={
+      "annotations": options.annotations,
+      "images": options.images,
+      "text": options.text,
+      "strict": options.strict,
+    },
   )
   config = dataclasses.replace(
     base,
     name="coco",
-    data=dataclasses.replace(base.data, sources=(source,), seed=options.seed),
+    # Captions are longer than scenes' answers: half as many rows, twice as long.
+    data=dataclasses.replace(
+      base.data, sources=(source,), seed=options.seed, rows=8, tokens_per_row=384,
+      images_per_row=2, regions_per_row=24,
+    ),
     train=TrainConfig(
       steps=options.steps, seed=options.seed, init_from=options.init, learning_rate=3e-3,
       warmup_steps=10, eval_every=50, eval_examples=64, save_every=100,

@@ -87,7 +87,7 @@ def data(region: str, seed: int) -> DataConfig:
   return DataConfig(
     sources=(SourceConfig("scenes", args={"seed": seed, "turns": (8, 12)}),),
     rows=16,
-    tokens_per_row=448 if written else 192,
+    tokens_per_row=512 if written else 192,
     images_per_row=1,
     regions_per_row=20,
     packing_bins=16,

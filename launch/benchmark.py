@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -31,8 +32,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from regionjax.config import DecoderConfig, ModelConfig, RegionConfig, VisionConfig
-from regionjax.models.decoder import Decoder, init_cache
+from regionjax.infer import programs
+from regionjax.infer.batching import Prompt, pad_prompts
+from regionjax.infer.programs import PromptArrays
+from regionjax.infer.sampling import row_keys
+from regionjax.models.decoder import init_cache
+from regionjax.models.params import model_for, param_shapes, unstack_layers
 from regionjax.models.region_encoders import make_region_encoder
+from regionjax.models.region_lm import ImageFeatures
 from regionjax.models.vit import VisionTransformer
 from regionjax.ops.roi_align import roi_align
 
@@ -125,52 +132,48 @@ def vit_cases():
 
 
 def decoder_cases():
-  """Greedy generation by a decoder of SmolLM2-135M's size, prefill included."""
+  """Greedy generation by a decoder of SmolLM2-135M's size: `infer.programs`, which `chat` runs.
+
+  The prompt alone, and the prompt with the new tokens behind it. Ours also feeds the last token
+  back, so that the next turn can follow; Hugging Face's `generate` does not.
+  """
   prompt, new = 64, 32
-  config = DecoderConfig(
-    vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp_width=1536,
-    tie_embeddings=True,
+  sizes = dict(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, mlp=1536)
+  decoder = DecoderConfig(
+    vocab_size=sizes["vocab"], width=576, layers=30, heads=9, kv_heads=3, head_dim=64,
+    mlp_width=1536, tie_embeddings=True,
   )  # fmt: skip
-  model = Decoder(config, scan_layers=False)
-
-  def step(params, ids_bt, start, cache):
-    positions_bt = start + jnp.arange(ids_bt.shape[1], dtype=jnp.int32)[None]
-    x_btd = model.apply(params, ids_bt, method="embed")
-    x_btd, cache = model.apply(
-      params, x_btd, positions_bt=positions_bt, segment_ids_bt=jnp.ones_like(ids_bt), cache=cache
-    )
-    logits = model.apply(params, x_btd[:, -1:], method="logits")
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
-
-  def generate(params, ids_bt):
-    token, cache = step(params, ids_bt, 0, init_cache(config, 1, prompt + new))
-    out = jnp.zeros((1, new), jnp.int32).at[:, :1].set(token)
-
-    def body(i, carry):
-      token, cache, out = carry
-      token, cache = step(params, token, prompt + i - 1, cache)
-      return token, cache, jax.lax.dynamic_update_slice(out, token, (0, i))
-
-    return jax.lax.fori_loop(1, new, body, (token, cache, out))[2]
-
-  ids = jnp.asarray(np.random.default_rng(0).integers(0, 49152, (1, prompt)), jnp.int32)
-
-  def initialise(key, ids_bt):
-    return model.init(key, ids_bt, method=_everything)
-
-  params = random_like(jax.eval_shape(initialise, jax.random.key(0), ids))
-  sizes = dict(
-    vocab=49152, width=576, layers=30, heads=9, kv_heads=3, mlp=1536, prompt=prompt, new=new
+  # The text is all there is: the images' and regions' parts are as small as they come, and idle.
+  config = dataclasses.replace(ModelConfig.tiny("none"), decoder=decoder)
+  model = model_for(config, generate=True)
+  params = random_like(jax.eval_shape(unstack_layers, param_shapes(config)))
+  ids = np.random.default_rng(0).integers(0, sizes["vocab"], prompt).astype(np.int32)
+  arrays = pad_prompts(
+    [Prompt(ids)], rows=1, patches=config.vision.tokens, pad_id=0, region_slot_id=-1
   )
-  steps = dict(forward=bind(generate, params, ids))
-  yield f"135M LLaMA, {prompt}+{new} tokens", sizes, steps, dict(parameters=count(params))
+  arrays = PromptArrays(*map(jnp.asarray, arrays))
+  none = jnp.array([-1], jnp.int32)  # no id stops
+  beyond = jnp.array([decoder.padded_vocab], jnp.int32)  # nor is any banned
+  one, keys = jnp.float32(1.0), row_keys(0, jnp.arange(1))
 
+  def prefill():
+    cache = init_cache(decoder, 1, prompt + new)
+    start = programs.prefill(model, params, ImageFeatures(None, None), arrays, cache)
+    return jax.block_until_ready(start)
 
-def _everything(model: Decoder, ids_bt: jax.Array) -> jax.Array:
-  """All of the decoder's parts, so that `init` declares every parameter."""
-  ones = jnp.ones_like(ids_bt)
-  x_btd, _ = model(model.embed(ids_bt), positions_bt=ones, segment_ids_bt=ones)
-  return model.logits(x_btd)
+  def generate():
+    logits, cache = prefill()
+    start = programs.Running(cache, logits, jnp.zeros(1, bool), jnp.zeros(1, jnp.int32))
+    tokens, _ = programs.decode(
+      model, params, start, keys, none, beyond, jnp.int32(new), one, one, steps=new, greedy=True
+    )
+    return np.asarray(tokens)
+
+  if (generate() < 0).any():
+    raise RuntimeError(f"decoder: fewer than {new} tokens were generated")
+  facts = dict(parameters=count(params["decoder"]))
+  steps = dict(prefill=prefill, prefill_decode=generate)
+  yield f"135M LLaMA, {prompt}+{new} tokens", sizes | dict(prompt=prompt, new=new), steps, facts
 
 
 def region_module_cases(full: bool):

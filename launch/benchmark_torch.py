@@ -72,7 +72,7 @@ def make_vit(*, image: int, patch: int, width: int, layers: int, heads: int, mlp
 def make_decoder(
   *, vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int, prompt: int, new: int
 ) -> dict:
-  """Hugging Face's `generate`, greedy, with its default cache."""
+  """Hugging Face's LLaMA: the prompt alone, and `generate`, greedy, with its default cache."""
   import transformers
 
   config = transformers.LlamaConfig(
@@ -82,7 +82,11 @@ def make_decoder(
   model = transformers.LlamaForCausalLM(config).eval()
   ids = torch.randint(0, vocab, (1, prompt))
 
-  def forward():
+  def prefill():
+    with torch.inference_mode():
+      return model(ids, use_cache=True, logits_to_keep=1)
+
+  def generate():
     with torch.inference_mode():
       out = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new,
@@ -90,7 +94,8 @@ def make_decoder(
       )  # fmt: skip
     assert out.shape[1] == prompt + new
 
-  return dict(forward=forward, facts=hugging_face(transformers, model))
+  facts = hugging_face(transformers, model)
+  return dict(prefill=prefill, prefill_decode=generate, facts=facts)
 
 
 def hugging_face(transformers, model: nn.Module) -> dict:
@@ -98,8 +103,17 @@ def hugging_face(transformers, model: nn.Module) -> dict:
   return dict(against=against, parameters=sum(p.numel() for p in model.parameters()))
 
 
+def torchvision_roi_align(x: torch.Tensor, boxes: torch.Tensor, *, bins: int, ratio: int):
+  """[B, C, H, W] and [R, 5] boxes (image, xyxy in cells) to [R, C, bins, bins]."""
+  import torchvision
+
+  return torchvision.ops.roi_align(x, boxes, bins, 1.0, ratio, aligned=True)
+
+
 class RegionModule(nn.Module):
   """A twin of our pyramid: same maps, same sizes, written the way PyTorch code is."""
+
+  roi_align = staticmethod(torchvision_roi_align)
 
   def __init__(
     self, *, channels, width, out, grid, upsample, rounds, groups, bins, ratio, position, token
@@ -152,10 +166,8 @@ class RegionModule(nn.Module):
     return torch.cat(parts, 1)
 
   def crop(self, x: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    import torchvision
-
     scale = torch.tensor([1.0, *[x.shape[-1]] * 4])
-    return torchvision.ops.roi_align(x, boxes * scale, self.bins, 1.0, self.ratio, aligned=True)
+    return self.roi_align(x, boxes * scale, bins=self.bins, ratio=self.ratio)
 
 
 def resize(x: torch.Tensor, side: int) -> torch.Tensor:

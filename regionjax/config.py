@@ -15,6 +15,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# The tokens that the two systems add to LLaMA's 32,000, in the order of their ids. `<point>` was
+# reserved and never used.
+GPT4ROI_TOKENS = ("[PAD]", "<im_patch>", "<bbox>", "<point>", "<im_start>", "<im_end>")
+CHATSPOT_TOKENS = ("[PAD]", "<im_patch>", "<im_start>", "<im_end>", "<box>", "</box>")
+
 REGION_KINDS = ("none", "text", "pool", "pyramid", "pool+text", "pyramid+text")
 
 
@@ -201,7 +206,9 @@ class ModelConfig:
   region: RegionConfig = RegionConfig()
   decoder: DecoderConfig = DecoderConfig()
   compute_dtype: str = "bfloat16"
-  remat: str = "none"  # none | full | dots: what the backward pass recomputes in each layer
+  # none | full | dots: what the backward pass recomputes in each layer: nothing but attention
+  # weights, everything, or everything but the results of weight matmuls.
+  remat: str = "none"
   scan_layers: bool = True
 
   def __post_init__(self) -> None:
@@ -268,6 +275,7 @@ class PromptConfig:
 
   template: str = "vicuna_v0"  # vicuna_v0 | vicuna_v1 | chatml | plain
   tokenizer: str = "tiny"  # 'tiny' (shipped in the package) or a folder with tokenizer files
+  added_tokens: tuple[str, ...] = ()  # appended in this order where the tokenizer's files lack them
   mention: str = "name+slot"  # name+slot: `region1 <bbox>` (GPT4RoI); slot: `<bbox>` alone
   coordinates: str = "unit3"  # a name of regions.FORMATS; unit3 is ChatSpot's `0.123`
   max_vertices: int = 8  # polygons and masks written as text are simplified to this many points
@@ -322,13 +330,43 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """One run."""
+  """One run.
+
+  The presets bind what belongs together: sizes, template, added tokens, coordinate format and
+  resize rule. `tokenizer` is a folder with the LLaMA vocabulary; sources and schedule are the
+  run's own.
+  """
 
   name: str = "tiny"
   model: ModelConfig = ModelConfig()
   prompt: PromptConfig = PromptConfig()
   data: DataConfig = DataConfig()
   train: TrainConfig = TrainConfig()
+
+  @classmethod
+  def gpt4roi_7b(cls, tokenizer: str) -> Config:
+    return cls._gpt4roi(ModelConfig.gpt4roi_7b(), tokenizer)
+
+  @classmethod
+  def gpt4roi_13b(cls, tokenizer: str) -> Config:
+    return cls._gpt4roi(ModelConfig.gpt4roi_13b(), tokenizer)
+
+  @classmethod
+  def chatspot_7b(cls, tokenizer: str) -> Config:
+    model = ModelConfig.chatspot_7b()
+    prompt = PromptConfig(
+      template="vicuna_v1", tokenizer=tokenizer, added_tokens=CHATSPOT_TOKENS, mention="slot",
+      coordinates="unit3",
+    )  # fmt: skip
+    return cls(model.name, model, prompt, DataConfig(resize="chatspot", tokens_per_row=2048))
+
+  @classmethod
+  def _gpt4roi(cls, model: ModelConfig, tokenizer: str) -> Config:
+    prompt = PromptConfig(
+      template="vicuna_v0", tokenizer=tokenizer, added_tokens=GPT4ROI_TOKENS, mention="name+slot",
+      image_prefix="The {image:0} provides an overview of the picture.\n",
+    )  # fmt: skip
+    return cls(model.name, model, prompt, DataConfig(resize="gpt4roi", tokens_per_row=2048))
 
 
 def to_dict(config: Any) -> Any:

@@ -300,8 +300,11 @@ class _Bubble:
   def _pieces(self, text: str) -> Iterator[tuple[str, int | None]]:
     """Words, blanks and newlines as (text, None), mentions as (text, region index)."""
     at = 0
+    # Raqm, which shapes the text, refuses control characters.
+    text = "".join(c for c in text if c == "\n" or c.isprintable())
     for match in MENTION.finditer(text):
-      number = int(match[1] or match[2] or int(match[3]) + 1)
+      digits = match[1] or match[2] or match[3]
+      number = int(digits[:9]) + (match[3] is not None)
       if not 1 <= number <= self.regions:
         continue
       yield from ((p, None) for p in WORDS.findall(text[at : match.start()]))

@@ -63,6 +63,39 @@ def decode(source: str | Path | bytes | BinaryIO, *, max_pixels: int = MAX_PIXEL
     ImageError: missing, empty, not an image, truncated, too large, or of an unreadable kind.
   """
   name = f"image {str(source)!r}" if isinstance(source, (str, Path)) else "image"
+  return to_rgb(open_picture(source, name, max_pixels=max_pixels), name)
+
+
+def from_pil(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+  """A PIL image by the rules of `decode`: the pixels that its file gives, as far as it has one.
+
+  An image that PIL opened from a file is refused as the file would be, by its format too: PIL reads
+  the data only now. Of an animation the frame that it stands at is taken.
+
+  Raises:
+    ImageError: as `decode`.
+  """
+  kind = image.format
+  if kind is not None and kind not in FORMATS:
+    raise ImageError(
+      f"image: {kind} files aren't read; expected one of {', '.join(FORMATS)}. Give a copy without "
+      "a file (image.convert('RGB')), or save it as PNG or JPEG"
+    )
+  return to_rgb(_loaded(image, "image", max_pixels), "image")
+
+
+def open_picture(
+  source: str | Path | bytes | BinaryIO, name: str, *, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+  """An image file as a PIL image in its own mode, loaded and upright.
+
+  Args:
+    source, max_pixels: as for `decode`.
+    name: what errors call it.
+
+  Raises:
+    ImageError: as `decode`.
+  """
   data = _read(source, name)
   if not data:
     raise ImageError(f"{name}: the file is empty (0 bytes); copy or download it again")
@@ -75,23 +108,27 @@ def decode(source: str | Path | bytes | BinaryIO, *, max_pixels: int = MAX_PIXEL
       f"{name}: {len(data)} bytes that aren't a readable image ({type(error).__name__}); expected "
       f"one of {', '.join(FORMATS)}. Open it in a viewer and save it as PNG or JPEG"
     ) from error
-  kind, (width, height) = image.format, image.size
+  return _loaded(image, name, max_pixels)
+
+
+def _loaded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+  """The image with its data read, upright."""
+  kind, (width, height) = image.format or "image", image.size
   if width * height > max_pixels:
     raise ImageError(
       f"{name}: {width} x {height} = {width * height / 1e6:.0f} million pixels. "
       f"At most {max_pixels / 1e6:.0f} million are read; make it smaller, or raise max_pixels"
     )
+  if 0 in image.size:
+    raise ImageError(f"{name}: expected an image with pixels, got {width} x {height}")
   try:
     image.load()
-    pixels = _to_rgb(_upright(image), name)
-  except ImageError:
-    raise
   except Exception as error:  # likewise, on damaged data
     raise ImageError(
       f"{name}: {width} x {height} {kind} whose data is truncated or damaged "
       f"({error}); copy or download it again"
     ) from error
-  return np.ascontiguousarray(pixels)
+  return _upright(image)
 
 
 def _read(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
@@ -119,7 +156,12 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
+def to_rgb(image: Image.Image, name: str) -> np.ndarray:
+  """A loaded PIL image of any mode as uint8 [height, width, 3]; `name` is what errors call it.
+
+  Raises:
+    ImageError: values without an agreed scale (floating point, 32-bit integers).
+  """
   if image.mode.startswith("I"):  # 16 bits; PIL's own conversion would clip at 255
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
@@ -130,10 +172,13 @@ def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
     return np.repeat(grey[:, :, None], 3, axis=2)
   if image.mode == "F":
     raise ImageError(f"{name}: floating-point pixels have no agreed scale; save it with 8 bits")
-  if image.has_transparency_data:
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-  return np.asarray(image.convert("RGB"))
+  try:
+    if image.has_transparency_data:
+      image = image.convert("RGBA")
+      image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+  except Exception as error:  # damaged palettes, transparency of modes that have none, ...
+    raise ImageError(f"{name}: {image.mode} pixels that can't be made RGB ({error})") from error
 
 
 def preprocess(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from regionjax.data.schema import SLOT
 from regionjax.regions import RegionError
@@ -18,6 +18,7 @@ from regionjax.regions import RegionError
 _LITERAL = re.compile(r"\{(region|image)(\\*):(\d+)\}")
 _ESCAPED = re.compile(r"\{(region|image)\\(\\*):(\d+)\}")
 _PEOPLE = re.compile(r"<region(\d+)>")
+_DIGITS = 10  # of a mention that are read: int() refuses 4,300, and no dialogue has so many regions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,12 @@ def user_to_internal(text: str, n_regions: int, *, already: int = 0) -> str:
   """
   out, end, seen = [], 0, set()
   for match in _PEOPLE.finditer(text):
-    number = int(match[1])
+    number = int(match[1][:_DIGITS])
     if not 1 <= number <= n_regions:
+      shown = match[0] if len(match[0]) < 20 else f"{match[0][:20]}..."
       raise RegionError(
         "text",
-        f"the text mentions {match[0]}, but "
+        f"the text mentions {shown}, but "
         + (f"there are regions 1 to {n_regions}" if n_regions else "no region was given")
         + "; give the region's box, point, polygon or mask, or take the mention out"
         + (" (regions are counted from 1)" if number == 0 else ""),
@@ -84,3 +86,20 @@ def user_to_internal(text: str, n_regions: int, *, already: int = 0) -> str:
       f"e.g. 'What is <region{missing[0]}>?', or don't give the region",
     )
   return "".join(out) + escape(text[end:])
+
+
+def has_mention(text: str) -> bool:
+  """Whether a person's text mentions a region, be it there or not."""
+  return _PEOPLE.search(text) is not None
+
+
+def mention_the_only(text: str, numbers: Sequence[int]) -> str:
+  """A person's text; with a mention behind it when it has none and one region alone comes with it.
+
+  Args:
+    text: what was asked.
+    numbers: of the regions that come with it, counted from 1.
+  """
+  if len(numbers) == 1 and not has_mention(text):
+    return f"{text.rstrip()} <region{numbers[0]}>"
+  return text

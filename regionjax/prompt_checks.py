@@ -52,6 +52,27 @@ def check_config(prompt: PromptConfig, model: ModelConfig, tokenizer: Tokenizer)
     )
 
 
+def check_resize(prompt: PromptConfig, resize: str) -> None:
+  """Refuses coordinates that would not name the places that the model sees.
+
+  Prompts and answers give 'pixels_resized' as shares of the image times its resized sides, which
+  is where things are only if the rule maps the whole image onto the whole model input.
+
+  Args:
+    prompt: its `coordinates` are read.
+    resize: the rule that `data.resize` names.
+
+  Raises:
+    ConfigError: the two don't fit.
+  """
+  if FORMATS[prompt.coordinates].frame == "resized" and resize in ("letterbox", "hf"):
+    raise ConfigError(
+      f"prompt.coordinates={prompt.coordinates!r} with data.resize={resize!r}: the rule pads or "
+      "crops, so pixels of the resized image aren't shares of the original's sides; use "
+      "data.resize='chatspot' or 'gpt4roi', or coordinates in another format such as 'unit3'"
+    )
+
+
 def split_turns(example: Example) -> tuple[str | None, tuple[Turn, ...]]:
   """(the system turn's text, or None without one; the other turns, whose order is checked)."""
   system, turns = None, example.turns

@@ -31,7 +31,9 @@ class Renderer:
 
   Attributes:
     stop_ids: ids each of which ends an answer.
-    stop_strings: texts that end an answer, of templates whose stop is ordinary text.
+    stop_strings: texts that end an answer whatever tokens spell them, of templates whose stop is
+      ordinary text. Training writes them in people's and assistants' texts character by character,
+      so that a reader of ids can tell them from a stop; a generated answer ends there all the same.
     stop_sequences: id sequences that end an answer: the ids above and those of the strings.
   """
 
@@ -153,7 +155,7 @@ class Renderer:
     generated = [int(i) for i in generated]
     last = generated[-1] if generated else int(prev.ids[-1])
     writer = Writer(self.tokenizer, behind=last, known=prev.introduced)
-    if not any(_ends_with(generated, stop) for stop in self._own_stops):
+    if not self._stopped(generated):
       done = next(
         (n for n in range(len(self._stop) - 1, 0, -1) if _ends_with(generated, self._stop[:n])), 0
       )
@@ -167,16 +169,52 @@ class Renderer:
     return _unsupervised(writer.encoded())
 
   def cut_at_stop(self, generated: Sequence[int]) -> tuple[list[int], bool]:
-    """The generated ids up to and with the first stop, and whether there was one."""
-    ids = [int(i) for i in generated]
-    found = _find(ids, self.stop_sequences)
-    return (ids, False) if found is None else (ids[: found[1]], True)
+    """The generated ids up to and with the first stop, and whether there was one.
+
+    A stop is one of `stop_sequences`, or a text of `stop_strings` however it is spelled; the ids
+    then end with the one that completes it, even if more text is in that one.
+    """
+    ids, _, found = self._cut(generated)
+    return ids, found
 
   def answer_text(self, generated: Sequence[int]) -> str:
     """The text of a generated answer, without stop and surrounding white space."""
+    _, text, _ = self._cut(generated)
+    return text.strip()
+
+  def _cut(self, generated: Sequence[int]) -> tuple[list[int], str, bool]:
+    """(ids with the first stop, text before it, whether there is one)."""
     ids = [int(i) for i in generated]
     found = _find(ids, self.stop_sequences)
-    return self.tokenizer.decode(ids if found is None else ids[: found[0]]).strip()
+    spelled = self._find_spelled(ids[: found[1] - 1] if found else ids)
+    if spelled is not None:
+      text = self.tokenizer.decode(ids[:spelled])
+      at = min(text.find(s) for s in self.stop_strings if s in text)
+      return ids[:spelled], text[:at], True
+    if found is None:
+      return ids, self.tokenizer.decode(ids), False
+    return ids[: found[1]], self.tokenizer.decode(ids[: found[0]]), True
+
+  def _find_spelled(self, ids: list[int]) -> int | None:
+    """How many of the ids complete the first stop string; None without one."""
+    if not self._spells_stop(ids):
+      return None
+    low, high = 1, len(ids)
+    while low < high:  # once complete, a stop string stays found
+      middle = (low + high) // 2
+      low, high = (low, middle) if self._spells_stop(ids[:middle]) else (middle + 1, high)
+    return low
+
+  def _spells_stop(self, ids: Sequence[int]) -> bool:
+    text = self.tokenizer.decode(ids) if self.stop_strings else ""
+    return any(stop in text for stop in self.stop_strings)
+
+  def _stopped(self, generated: list[int]) -> bool:
+    """Whether the ids end with a stop, and with nothing behind it in the last one."""
+    if any(_ends_with(generated, stop) for stop in self._own_stops):
+      return True
+    text = self.tokenizer.decode(generated) if self.stop_strings else ""
+    return any(text.find(stop) == len(text) - len(stop) >= 0 for stop in self.stop_strings)
 
   # The parts of a dialogue.
 

@@ -22,13 +22,10 @@ from typing import Any
 import tokenizers
 
 from regionjax import tokenizer_files
+from regionjax.config import CHATSPOT_TOKENS, GPT4ROI_TOKENS
 from regionjax.tokenizer_files import TokenizerError, TokenizerFiles
 
 __all__ = ["CHATSPOT_TOKENS", "GPT4ROI_TOKENS", "Tokenizer", "TokenizerError", "load_tokenizer"]
-
-# Ids 32000 to 32005 of the two 7B systems, in order. `<point>` was reserved and never used.
-GPT4ROI_TOKENS = ("[PAD]", "<im_patch>", "<bbox>", "<point>", "<im_start>", "<im_end>")
-CHATSPOT_TOKENS = ("[PAD]", "<im_patch>", "<im_start>", "<im_end>", "<box>", "</box>")
 
 # Texts kept. Full of coordinates, which hardly ever recur, 8,192 take 30 MB; longer texts than the
 # system prompts aren't kept at all.

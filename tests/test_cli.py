@@ -1,13 +1,17 @@
+import json
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
+from PIL import Image
 
 import regionjax
 from regionjax import cli
 from regionjax.config import ConfigError
+from regionjax.config_files import load_config, write_config
 
 
 @pytest.fixture
@@ -120,3 +124,76 @@ def test_train_refuses_an_unknown_key_and_writes_nothing(tmp_path, capsys, reque
 def test_every_verb_explains_itself(name, capsys):
   assert cli.main([name, "--help"]) == 0
   assert f"usage: regionjax {name}" in capsys.readouterr().out
+
+
+def workdir_of_another_config(folder):
+  workdir = folder / "run"
+  workdir.mkdir()
+  write_config(workdir / "config.json", load_config("configs/tiny.py"))
+  (workdir / "metrics.jsonl").write_text("{}\n")
+  words = ["train", "configs/tiny.py", "--train.learning_rate=0.5", "--workdir", str(workdir)]
+  return words, ["belongs to a run with another config", "train.learning_rate", "0.5 here"]
+
+
+def boxes_without_their_image(folder):
+  """A COCO-format file with one image that is there and one that isn't."""
+  Image.new("RGB", (60, 40), "grey").save(folder / "a.jpg")
+  size = {"width": 60, "height": 40}
+  images = [{"id": 1, "file_name": "a.jpg"} | size, {"id": 2, "file_name": "gone.jpg"} | size]
+  box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 10]}
+  data = {"images": images, "annotations": [box], "categories": [{"id": 1, "name": "cat"}]}
+  path = folder / "boxes.json"
+  path.write_text(json.dumps(data))
+  return path, ["1 defects and strict=True", "missing image", "gone.jpg"]
+
+
+def missing_image_in_training(folder):
+  path, causes = boxes_without_their_image(folder)
+  spec = f"configs/coco.py:annotations={path},images={folder},strict=true"
+  return ["train", spec, "--workdir", str(folder / "run")], causes
+
+
+def missing_image_in_evaluation(folder):
+  path, causes = boxes_without_their_image(folder)
+  words = ["evaluate", "--source", "coco", "--annotations", str(path), "--images", str(folder)]
+  return [*words, "--strict", "--json", str(folder / "result.json")], causes
+
+
+def truncated_image_in_chat(folder):
+  path = folder / "photo.jpg"
+  Image.effect_noise((60, 40), 50).convert("RGB").save(path)
+  path.write_bytes(path.read_bytes()[:-500])
+  words = ["chat", str(path), "--box", "5,5,20,20", "--ask", "What is <region1>?"]
+  return [*words, "--save", str(folder / "card.png")], ["photo.jpg", "truncated or damaged"]
+
+
+@pytest.mark.parametrize(
+  "accident",
+  [
+    workdir_of_another_config,
+    missing_image_in_training,
+    missing_image_in_evaluation,
+    truncated_image_in_chat,
+  ],
+)
+def test_bad_input_is_named_before_anything_is_written_or_compiled(
+  accident, tmp_path, capsys, request, monkeypatch
+):
+  monkeypatch.chdir(request.config.rootpath)
+  words, causes = accident(tmp_path)
+  before = {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
+  compiled = []
+
+  def listen(event, seconds, **_):
+    if event.endswith("backend_compile_duration"):
+      compiled.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    assert cli.main(words) == 2
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  error = capsys.readouterr().err
+  assert error.startswith("error: ") and all(cause in error for cause in causes), error
+  assert {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")} == before
+  assert compiled == []

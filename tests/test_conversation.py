@@ -303,6 +303,36 @@ def test_missing_part_of_the_stop_is_completed(llama):
     assert more.ids.tolist() == missing + following
 
 
+@pytest.mark.parametrize("kind", ["tiny", "llama"])
+@pytest.mark.parametrize(
+  "pieces, behind",
+  [
+    (("#", "#", "#"), ""),
+    (("##", "#"), ""),
+    (("#", "##"), ""),
+    (("\n", "##", "#"), ""),
+    (("##", "##"), "\n###"),  # the last piece says more than the stop, which is written again
+    (("#", "#", "#", " b"), "\n###"),
+  ],
+)
+def test_a_stop_ends_an_answer_however_it_is_spelled(tiny, llama, kind, pieces, behind):
+  """GPT4RoI looks for "###" in the text too, not for its usual ids."""
+  renderer = tiny_renderer(tiny, template="vicuna_v0") if kind == "tiny" else gpt4roi(llama)
+  tokenizer = renderer.tokenizer
+  encoded = [tokenizer.encode_text(piece, start="inside") for piece in ("a", *pieces)]
+  generated = [i for ids in encoded for i in ids]
+  needed = len(generated) - (len(encoded[-1]) if pieces[-1] == " b" else 0)
+  kept, found = renderer.cut_at_stop([*generated, *encoded[0]])
+  assert (kept, found) == (generated[:needed], True)
+  assert renderer.cut_at_stop(kept) == (kept, True)
+  assert renderer.answer_text(kept) == renderer.answer_text(generated) == "a"
+  first = renderer.prompt(RUNNING)
+  more = renderer.extend(first, generated, dataclasses.replace(RUNNING, turns=RUNNING.turns[:1]))
+  assert tokenizer.decode(more.ids).removeprefix(" ").startswith((behind + " Human: ").lstrip(" "))
+  # Text without the stop goes on as before.
+  assert renderer.cut_at_stop(generated[:2]) == (generated[:2], False)
+
+
 # Text from people is text.
 
 

@@ -121,10 +121,16 @@ def test_the_demo_of_the_shipped_model_takes_less_than_two_minutes(tmp_path):
 
 @pytest.mark.release
 def test_the_shipped_model_reads_its_regions(tmp_path):
-  """The promise of the demo: 90 % on names and attributes, and blind without regions."""
-  assert cli.main(["demo", "--out", str(tmp_path)]) == 0
+  """The promise of the demo: 90 % on names and attributes, and blind without regions.
+
+  pytest -m release tests/test_demo.py -s 2>&1 | tee tests/release/demo.log
+  """
+  assert cli.main(["demo", "--out", str(tmp_path), "-n", "3000"]) == 0
   results = json.loads((tmp_path / "results.json").read_text())
-  assert results["total"]["blanked_ratio"] <= 1.2
   assert results["total"]["reads_regions"] is True
+  for row in (results["total"], *results["tasks"]):
+    if row["dependent"]:  # per task some 230 questions: the interval, not the point, must reach it
+      assert row["blanked_low"] <= 1.2 * row["random_object"], row
+  assert results["total"]["blanked_ratio"] <= 1.2
   plain = [a["right"] for a in results["answers"] if a["task"] in ("name", "attribute")]
   assert np.mean(plain) >= 0.9

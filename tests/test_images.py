@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from regionjax import images
-from regionjax.images import ImageError, decode, preprocess
+from regionjax.images import ImageError, decode, from_pil, preprocess
 from regionjax.regions import Region
 
 MEAN, STD = images.CLIP_MEAN, (0.26862954, 0.26130258, 0.27577711)
@@ -183,6 +183,53 @@ def test_first_frame_of_an_animation():
   frames = [Image.new("RGB", (8, 8), name) for name in ("red", "blue")]
   data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
   assert decode(data)[0, 0].tolist() == [255, 0, 0]
+
+
+# PIL images.
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "1", "P", "CMYK", "I;16", "I"])
+def test_a_pil_image_gives_the_pixels_of_its_file(mode):
+  """Opened, loaded or copied: transparency on white, 16 bits scaled, upright by its EXIF."""
+  rng = np.random.default_rng(1)
+  if mode.startswith("I"):
+    image = Image.fromarray(rng.integers(0, 65536, (20, 30), np.uint16)).convert(mode)
+  else:
+    image = Image.fromarray(rng.integers(0, 256, (20, 30, 4), np.uint8)).convert(mode)
+  kind = "TIFF" if mode in ("CMYK", "I") else "PNG"
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  data = encode(image, kind, exif=exif)
+  want = decode(data)
+  assert want.shape == (30, 20, 3)
+  opened = Image.open(io.BytesIO(data))
+  for source in (Image.open(io.BytesIO(data)), opened, opened, opened.copy()):
+    got = from_pil(source)
+    assert got.dtype == np.uint8 and got.flags.c_contiguous and got.flags.writeable
+    assert np.array_equal(got, want)
+  assert np.array_equal(from_pil(image), np.rot90(want))
+
+
+def test_bad_pil_images():
+  cut = Image.open(io.BytesIO(encode(photo(300, 400), "JPEG")[:-2000]))
+  with pytest.raises(ImageError, match="400 x 300 JPEG whose data is truncated"):
+    from_pil(cut)
+  with pytest.raises(ImageError, match="floating-point"):
+    from_pil(Image.fromarray(np.ones((4, 4), np.float32)))
+  with pytest.raises(ImageError, match="32-bit integers"):
+    from_pil(Image.fromarray(np.full((4, 4), 70000, np.int32)))
+  with pytest.raises(ImageError, match="raise max_pixels"):
+    from_pil(Image.fromarray(photo(20, 30)), max_pixels=599)
+  with pytest.raises(ImageError, match="0 x 5"):
+    from_pil(Image.new("RGB", (0, 5)))
+
+
+def test_pil_does_not_read_a_file_that_runs_programs(monkeypatch):
+  """Loading an EPS would start Ghostscript."""
+  monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: pytest.fail("it ran"))
+  eps = Image.open(io.BytesIO(encode(photo(8, 8), "EPS")))
+  with pytest.raises(ImageError, match="EPS files aren't read"):
+    from_pil(eps)
 
 
 # Resize rules. The processors of transformers are the oracle.

@@ -17,7 +17,8 @@ from regionjax.config import (
 )
 from regionjax.conversation import Conversation, PromptError, Renderer, escape, user_to_internal
 from regionjax.data.schema import Example, ImageRef, Turn
-from regionjax.mentions import Mention, parse
+from regionjax.mentions import Mention, has_mention, parse
+from regionjax.prompt_checks import check_resize
 from regionjax.regions import Region, RegionError
 from regionjax.tokenizer import load_tokenizer
 
@@ -54,6 +55,16 @@ def example(*texts, regions=(BOX, POINT), images=(IMAGE,), supervise=True, **mor
 def test_people_count_from_one_and_may_repeat():
   text = user_to_internal("Is <region2> like <region1> or <region2>? {region:0}", 2)
   assert text == "Is {region:1} like {region:0} or {region:1}? {region\\:0}"
+
+
+def test_a_mention_may_be_of_any_length():
+  """int() refuses more than 4,300 digits with an error about itself."""
+  text = f"What is <region{'1' * 5000}>?"
+  assert has_mention(text)
+  with pytest.raises(RegionError, match=r"mentions <region1{13}\.\.\., but there are"):
+    user_to_internal(text, 3)
+  internal = f"{{region:{'1' * 5000}}}"
+  assert list(parse(user_to_internal(internal, 0))) == [internal]
 
 
 @pytest.mark.parametrize(
@@ -184,6 +195,15 @@ def test_mentions_are_found():
 def test_prompt_settings_are_checked(tiny, change, match):
   with pytest.raises(ConfigError, match=match):
     tiny_renderer(tiny, **change)
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "hf"])
+def test_resized_pixels_need_a_rule_that_keeps_the_whole_image(resize):
+  with pytest.raises(ConfigError, match=f"pixels_resized.*data.resize='{resize}'.*chatspot"):
+    check_resize(PromptConfig(coordinates="pixels_resized"), resize)
+  check_resize(PromptConfig(coordinates="pixels"), resize)
+  for whole in ("chatspot", "gpt4roi"):
+    check_resize(PromptConfig(coordinates="pixels_resized"), whole)
 
 
 def test_turns_must_alternate(tiny):

@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regionjax.images import ImageTransform
-from regionjax.regions import FORMATS, Mask, Region, RegionError, get_format, parse_regions
+from regionjax.regions import (
+  FORMATS,
+  Mask,
+  Region,
+  RegionError,
+  get_format,
+  parse_regions,
+  scan_regions,
+)
 from regionjax.regions.outlines import mask_contours, ring_area, simplify
 
 SIZE, RESIZED = (640, 480), (224, 336)
@@ -149,6 +157,39 @@ def test_parse_regions_in_an_answer():
   assert len(parse_regions("[0.5, 0.5, 1.5, 1.5]", "unit3", outside="clip")) == 1
 
 
+def test_what_is_refused_in_an_answer_is_told():
+  text = "[0.8, 0.1, 0.2, 0.9] [a list] [1.5, 0.2] [nan, 0.1, 0.2, 0.3] [0.1, 0.2, 0.3] [0.1,0.2]"
+  found, refused = scan_regions(text, "unit3")
+  assert found == parse_regions(text, "unit3") == [(78, 87, Region.point(0.1, 0.2))]
+  assert [(text[r.start : r.end], r.reason) for r in refused] == [
+    ("[0.8, 0.1, 0.2, 0.9]", "inverted"),
+    ("[1.5, 0.2]", "outside"),
+    ("[nan, 0.1, 0.2, 0.3]", "text"),
+    ("[0.1, 0.2, 0.3]", "text"),
+  ]
+  assert "x1 <= x2" in refused[0].message and "3 numbers" in refused[3].message
+  found, refused = scan_regions(text, "unit3", inverted="swap", outside="clip")
+  assert [r.kind for _, _, r in found] == ["box", "point", "point"]
+  assert [r.reason for r in refused] == ["text", "text"]
+  _, refused = scan_regions("<loc0512><loc0900><loc0001><loc0001> cat <loc0001>", "loc1024")
+  assert [(r.start, r.reason) for r in refused] == [(0, "inverted"), (41, "text")]
+
+
+@pytest.mark.parametrize("name", ["unit3", "int1000"])
+def test_of_several_parts_the_text_keeps_the_largest(name):
+  """As the table of formats says: the largest ring or part without its holes, the first path."""
+  form = FORMATS[name]
+  small = [(0.7, 0.7), (0.9, 0.7), (0.9, 0.9)]
+  large = [(0.1, 0.1), (0.6, 0.1), (0.6, 0.6), (0.1, 0.6)]
+  assert form.print(Region.polygon(small, large)) == form.print(Region.polygon(large))
+  array = np.zeros((10, 10), bool)
+  array[7:9, 7:9] = array[1:6, 1:6] = True
+  array[2:4, 2:4] = False
+  got = form.parse(form.print(Region.from_mask(array)))
+  assert got.box_xyxy == (0.1, 0.1, 0.6, 0.6) and got.rasterize(10, 10)[1:6, 1:6].all()
+  assert form.print(Region.scribble(small, large)) == form.print(Region.scribble(small))
+
+
 # Construction and policies.
 
 
@@ -226,6 +267,11 @@ def test_empty():
   assert error.value.reason == "empty"
 
 
+def stroke(brush):
+  """A scribble's JSON."""
+  return {"kind": "scribble", "points": [[0, 0], [1, 1]], "brush": brush}
+
+
 @pytest.mark.parametrize(
   "make, message",
   [
@@ -241,6 +287,22 @@ def test_empty():
     (lambda: Region.from_json({"kind": "box", "points": [[0, 0]]}), "to_json"),
     (lambda: Region.from_rle({"size": [2, 2], "counts": [1, 1]}), "cover 2 pixels"),
     (lambda: Region.from_rle({"counts": [1, 1]}), "size"),
+    (lambda: Region.from_rle({"size": [-2, -2], "counts": [4]}), "size"),
+    (lambda: Region.from_rle({"size": [math.inf, 1], "counts": [4]}), "size"),
+    (lambda: Region.from_json([]), "to_json"),
+    (lambda: Region.from_json({"kind": ["box"], "points": []}), "to_json|expected one of"),
+    (lambda: Region.from_json({"kind": "point", "points": [[0, "a"]]}), "pairs"),
+    (lambda: Region.from_json({"kind": "point", "points": [[0, 10**400]]}), "pairs"),
+    (lambda: Region.from_json(stroke([0.1])), "to_json"),
+    (lambda: Region.from_json(stroke(["a", "b"])), "to_json"),
+    (lambda: Region.from_json(stroke([10**400, 1])), "to_json"),
+    (lambda: Region.from_json(stroke([math.nan, -1])), "two positive, finite diameters"),
+    (lambda: Region.from_json(stroke([0, 0])), "two positive, finite diameters"),
+    (lambda: Region.from_json(stroke([math.inf, 1])), "two positive, finite diameters"),
+    (lambda: Region("star", ((0, 0),)), "expected one of"),
+    (lambda: Region("box", ((0, 0),)), "two corners"),
+    (lambda: Region("polygon", (0, 1)), "pairs"),
+    (lambda: Region("scribble", ((0, 0), (1, 1))), "two positive, finite diameters"),
   ],
 )
 def test_errors_say_what_to_do(make, message):
@@ -248,6 +310,26 @@ def test_errors_say_what_to_do(make, message):
     make()
   assert error.value.reason == "shape"
   assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize(
+  "kind, points, reason",
+  [
+    ("box", ((0.8, 0.9), (0.2, math.nan)), "nan"),
+    ("box", ((-math.inf, 0), (1, 1)), "nan"),
+    ("box", ((0.8, 0.1), (0.2, 0.9)), "inverted"),
+    ("box", ((0.2, 0.9), (0.8, 0.1)), "inverted"),
+    ("point", ((0.5, math.inf),), "nan"),
+    ("polygon", ((0, 0), (math.nan, 0), (1, 1)), "nan"),
+  ],
+)
+def test_the_bare_constructor_checks_too(kind, points, reason):
+  with pytest.raises(RegionError) as error:
+    Region(kind, points)
+  assert error.value.reason == reason
+  if reason == "nan":
+    with pytest.raises(RegionError, match="not finite"):
+      Region("polygon", ((0, 0), (1, 0), (1, 1)), rings=(points,))
 
 
 @settings(max_examples=100, deadline=None)
@@ -474,6 +556,43 @@ def test_rings_are_united():
   inner = [(0.4, 0.4), (0.6, 0.4), (0.6, 0.6), (0.4, 0.6)]
   both = Region.polygon(square, inner)
   assert np.array_equal(both.rasterize(50, 50), Region.polygon(square).rasterize(50, 50))
+
+
+@pytest.mark.parametrize(
+  "region, box",
+  [
+    (Region.polygon([(0.25, 0.5), (0.5, 0.25), (0.5, 0.75)]), (0.25, 0.25, 0.5, 0.75)),
+    # Another part, and a ring inside the first: all rings count.
+    (
+      Region.polygon(
+        [(0.25, 0.25), (0.75, 0.25), (0.75, 0.75)],
+        [(0.5, 0.375), (0.625, 0.375), (0.625, 0.5)],
+        [(0.0, 0.875), (0.125, 0.875), (0.125, 1.0)],
+      ),
+      (0.0, 0.25, 0.75, 1.0),
+    ),
+    (Region.scribble([(0.25, 0.5), (0.5, 0.75)], width=0.125), (0.1875, 0.4375, 0.5625, 0.8125)),
+    # Pixels of an oblong image: the brush is twice as wide in x as in y. The second path counts.
+    (
+      Region.scribble([(16, 32), (24, 32)], [(32, 48), (40, 40)], width=8, size=(64, 128)),
+      (0.1875, 0.21875, 0.6875, 0.40625),
+    ),
+    # The brush reaches over two borders.
+    (Region.scribble([(0.0625, 0.5), (0.5, 1.0)], width=0.25), (0.0, 0.375, 0.625, 1.0)),
+    (Region.scribble([(0.9375, 0.0), (0.5, 0.25)], width=0.25), (0.375, 0.0, 1.0, 0.375)),
+  ],
+  ids=["triangle", "parts", "scribble", "oblong scribble", "right and low", "high and left"],
+)
+def test_enclosing_boxes_are_exact(region, box):
+  assert region.box_xyxy == box
+
+
+def test_the_enclosing_box_of_a_mask_with_a_hole_and_parts():
+  array = np.zeros((8, 16), bool)
+  array[1:5, 2:6] = True
+  array[2:4, 3:5] = False
+  array[6, 11] = True
+  assert Region.from_mask(array).box_xyxy == (2 / 16, 1 / 8, 12 / 16, 7 / 8)
 
 
 # Outlines.

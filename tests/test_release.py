@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import ml_dtypes
@@ -151,7 +152,7 @@ def test_every_mismatch_is_named(folder):
   with pytest.raises(ReleaseError) as caught:
     release.load(folder)
   message = str(caught.value)
-  assert "missing connector/linear/kernel (32, 16)" in message
+  assert "missing connector/linear/kernel (128, 16)" in message  # 2 x 2 patches of 32 channels
   assert "unknown decoder/extra (3,)" in message
   assert "decoder/norm/scale is (5,), expected (16,)" in message
 
@@ -180,3 +181,20 @@ def test_a_larger_tokenizer_is_refused(folder, config):
   (folder / "config.json").write_text(json.dumps(values))
   with pytest.raises(ReleaseError, match="the tokenizer has"):
     release.load(folder)
+
+
+def test_the_shipped_model_is_small_and_says_how_it_was_made():
+  folder = release.SHIPPED / "tiny"
+  files = sorted(path for path in folder.rglob("*") if path.is_file())
+  assert {path.name for path in files} >= {
+    release.CONFIG, release.WEIGHTS, release.TOKENIZER, release.CARD
+  }  # fmt: skip
+  assert sum(path.stat().st_size for path in files) <= 4 * 2**20
+  arrays = safetensors.numpy.load_file(folder / release.WEIGHTS)
+  assert {array.dtype for array in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
+  assert "    regionjax train configs/tiny.py" in (folder / release.CARD).read_text()
+  for path in files:
+    if path.name != release.WEIGHTS:
+      # Where the command writes is anybody's; other places exist on one machine alone.
+      text = path.read_text(encoding="utf-8").replace("--workdir runs/tiny", "")
+      assert not re.search(r"/work|/home/|/root|/tmp/|\bruns/", text), path.name

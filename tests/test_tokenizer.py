@@ -13,6 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
+from regionjax.config import Config, ModelConfig
+from regionjax.conversation import Renderer
+from regionjax.data.schema import Example, ImageRef, Turn
+from regionjax.regions import Region
 from regionjax.tokenizer import (
   CHATSPOT_TOKENS,
   GPT4ROI_TOKENS,
@@ -336,3 +340,25 @@ def test_repeated_texts_are_encoded_once(tiny, monkeypatch):
   tokenizer.encode_text("What is this?")
   monkeypatch.setattr(tokenizer, "_encode_piece", lambda piece: pytest.fail("encoded again"))
   assert tokenizer.decode(tokenizer.encode_text("What is this?")) == "What is this?"
+
+
+@pytest.mark.parametrize("name", ["gpt4roi_7b", "gpt4roi_13b", "chatspot_7b"])
+def test_presets_bind_tokens_template_and_resize_rule(name, model_file):
+  config = getattr(Config, name)(str(model_file))
+  assert config.model == getattr(ModelConfig, name)()
+  tokenizer = load_tokenizer(config.prompt.tokenizer, config.prompt.added_tokens)
+  assert tokenizer.vocab_size == config.model.decoder.vocab_size == 32006
+  box = Region.box(0.1, 0.2, 0.5, 0.9)
+  image = ImageRef("file", "a.png")
+  turns = (Turn("user", "What is {region:0}?"), Turn("assistant", "A cat.", True))
+  encoded = Renderer(config.prompt, config.model, tokenizer).encode(
+    Example(images=(image,), regions=(box,), region_images=(0,), turns=turns)
+  )
+  text = tokenizer.decode(encoded.ids)
+  assert (encoded.ids == tokenizer.image_slot_id).sum() == 256
+  if name == "chatspot_7b":
+    assert "<box>[0.100, 0.200, 0.500, 0.900]</box>" in text.replace("<box> ", "<box>")
+    assert not encoded.region_slots and config.data.resize == "chatspot"
+  else:
+    assert "provides an overview of the picture" in text and "region1" in text
+    assert len(encoded.region_slots) == 1 and config.data.resize == "gpt4roi"

@@ -167,7 +167,9 @@ class RowStream:
       misses = 0
       self._counts["draws." + draw.source] += 1
       asked = sum(t.role == "assistant" and t.supervise for t in draw.example.turns)
-      self._counts["truncated"] += len(item.encoded.answers) < asked
+      if len(item.encoded.answers) < asked:
+        self._counts["truncated"] += 1
+        self._warn_once("truncated", f"{draw.label} lost turns that a row had no room for")
       closed = self._packer.add(item, item.size)
       if closed is not None:
         rows.append(closed.items)
@@ -219,12 +221,15 @@ class RowStream:
     for name, used in row.used._asdict().items():
       self._counts[name] += used
 
+  def _warn_once(self, reason: str, message: str) -> None:
+    if reason not in self._warned:
+      self._warned.add(reason)
+      log.warning("%s; more of this kind are only counted", message)
+
   def _reject(self, rejected: Rejected, misses: int) -> None:
     reason, message = rejected.args
     self._counts["skipped." + reason] += 1
-    if reason not in self._warned:
-      self._warned.add(reason)
-      log.warning("skipped: %s; more of this kind are only counted", message)
+    self._warn_once(reason, f"skipped: {message}")
     if misses >= HOPELESS:
       raise DataError(
         f"{misses} examples in a row had to be skipped, the last one because {message}"

@@ -189,7 +189,7 @@ class Report:
       "  with Wilson's 95 % interval. chance: one answer for each task, the best in hindsight.",
       "blanked: the same model without the regions, on questions whose answer depends on them.",
       "random object: answering those for a random object of the same scene; a model that reads",
-      f"  its regions falls to at most {BLANKED_LIMIT} x that when blanked.",
+      f"  its regions falls to at most {BLANKED_LIMIT} x that (`ratio`) when blanked.",
     ]
     total = self.total
     if total.blanked_ratio is not None:
@@ -202,7 +202,7 @@ class Report:
 
 
 def _table(first: str, rows: Sequence[Row]) -> list[str]:
-  head = (first, "n", "accuracy", "95 %", "chance", "blanked", "random object")
+  head = (first, "n", "accuracy", "95 %", "chance", "blanked", "random object", "ratio")
   body = []
   for row in rows:
     low, high = wilson(row.correct, row.total)
@@ -210,6 +210,7 @@ def _table(first: str, rows: Sequence[Row]) -> list[str]:
       (
         row.name, str(row.total), _percent(row.accuracy), f"{100 * low:.0f}-{100 * high:.0f}",
         _percent(row.chance), _percent(row.blanked), _percent(row.random_object),
+        "-" if row.blanked_ratio is None else f"{row.blanked_ratio:.2f}",
       )
     )  # fmt: skip
   widths = [max(len(r[c]) for r in [head, *body]) for c in range(len(head))]

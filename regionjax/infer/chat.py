@@ -8,8 +8,9 @@
   session.ask("What colour is <region1>?")  # only these words are new to the model
 
 In a text `<region1>` is the first region of the dialogue, counted over all its turns. A region that
-is given with a question must be mentioned in it, with one relief: when a single region is new and
-the text mentions none, ` <region1>` is put behind the text.
+is given with a question must be mentioned in it, with one relief: when a single region is given and
+the text mentions none, ` <region1>` (its number) is put behind the text. Regions of earlier
+questions or of `Session.add` are never put there.
 """
 
 from __future__ import annotations
@@ -17,32 +18,32 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
 from regionjax.config import Config
 from regionjax.conversation import Conversation, Renderer, user_to_internal
 from regionjax.data.rows import Frame
 from regionjax.data.schema import Example, ImageRef, Turn
-from regionjax.images import ImageError, decode
+from regionjax.images import ImageError, decode, from_pil
 from regionjax.infer.batching import GenerationError
 from regionjax.infer.engine import Engine, Generation, State
 from regionjax.infer.prompts import answer_examples, make_prompt
 from regionjax.infer.sampling import Sampling
-from regionjax.regions import FORMATS, Region, parse_regions
+from regionjax.mentions import mention_the_only
+from regionjax.prompt_checks import check_resize
+from regionjax.regions import FORMATS, Refusal, Region, scan_regions
 from regionjax.weights import release
 
-ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Any  # Any: a PIL image
+ImageSource = str | Path | bytes | BinaryIO | np.ndarray | Image.Image
 MAX_NEW_TOKENS = 96
 # Tokens of later turns that a dialogue's cache has room for from the start: growing it compiles the
 # decode program anew.
 ROOM_AHEAD = 256
-
-_MENTION = re.compile(r"<region(\d+)>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Answer:
     finish: 'stop', 'length' (cut at `max_new_tokens`) or '' (streaming, more to come).
     regions: regions written in the text, in shares of the original image's sides.
     spans: (start, end) of each of them in the text.
+    refused: lists of numbers in the text that are no region (an inverted box, one beyond the
+      image), and why.
   """
 
   text: str
@@ -62,6 +65,7 @@ class Answer:
   finish: str = ""
   regions: tuple[Region, ...] = ()
   spans: tuple[tuple[int, int], ...] = ()
+  refused: tuple[Refusal, ...] = ()
 
   def __str__(self) -> str:
     return self.text
@@ -71,9 +75,10 @@ class Answer:
 class Question:
   """One of many for `RegionChat.ask_many`; see `RegionChat.ask` for the fields."""
 
-  image: ImageSource
+  image: ImageSource | Sequence[ImageSource] | None
   text: str
   regions: Sequence[Region] = ()
+  region_images: Sequence[int] | None = None
 
 
 def load(path_or_name: str | os.PathLike = "tiny") -> RegionChat:
@@ -89,13 +94,13 @@ def load(path_or_name: str | os.PathLike = "tiny") -> RegionChat:
 def read_image(source: ImageSource) -> np.ndarray:
   """A path, bytes, open file, PIL image or array as uint8 [h, w, 3].
 
+  A file gives the same pixels in each of the first four forms (see `images.decode`).
+
   Raises:
     ImageError: not an image, or an array of another shape or type.
   """
-  if hasattr(source, "getexif") and hasattr(source, "convert"):
-    from PIL import ImageOps
-
-    return np.asarray(ImageOps.exif_transpose(source).convert("RGB"))
+  if isinstance(source, Image.Image):
+    return from_pil(source)
   if not isinstance(source, np.ndarray):
     return decode(source)
   if source.dtype == np.uint8 and source.ndim == 2:
@@ -123,9 +128,11 @@ class RegionChat:
     self.config = config
     self.tokenizer = tokenizer
     self.renderer = Renderer(config.prompt, config.model, tokenizer)
+    check_resize(config.prompt, config.data.resize)
     self.engine = Engine(
-      config.model, params, tokenizer, stop_sequences=self.renderer.stop_sequences, steps=steps
-    )
+      config.model, params, tokenizer, stop_sequences=self.renderer.stop_sequences,
+      stop_strings=self.renderer.stop_strings, steps=steps,
+    )  # fmt: skip
     self.frame = Frame.of(config)
 
   def ask(
@@ -177,16 +184,18 @@ class RegionChat:
     names: dict[int, str] = {}
     examples = []
     for question in questions:
-      key = names.setdefault(id(question.image), str(len(names)))
-      if key not in pixels:
-        pixels[key] = read_image(question.image)
-      height, width = pixels[key].shape[:2]
+      refs = []
+      for source in _sources(question.image):
+        key = names.setdefault(id(source), str(len(names)))
+        if key not in pixels:
+          pixels[key] = read_image(source)
+        refs.append(ImageRef("memory", key, _size(pixels[key])))
       text = mention_the_only(question.text, range(1, len(question.regions) + 1))
       examples.append(
         Example(
-          images=(ImageRef("memory", key, (width, height)),),
+          images=tuple(refs),
           regions=tuple(question.regions),
-          region_images=(0,) * len(question.regions),
+          region_images=_region_images(question.regions, question.region_images, len(refs)),
           turns=(Turn("user", user_to_internal(text, len(question.regions))),),
         )
       )
@@ -194,13 +203,13 @@ class RegionChat:
       self.engine, self.frame, self.renderer, examples, lambda ref: pixels[ref.key],
       max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p, seed),
     )  # fmt: skip
-    return [self.answer(g, e.images[0].size) for g, e in zip(generations, examples)]
+    return [
+      self.answer(g, e.images[0].size if e.images else None) for g, e in zip(generations, examples)
+    ]
 
   def start(self, image: ImageSource | Sequence[ImageSource] | None = None) -> Session:
     """A dialogue about an image (or several, or none); it is encoded now, and only now."""
-    several = isinstance(image, (list, tuple))
-    sources = list(image) if several else [] if image is None else [image]
-    return Session(self, [read_image(source) for source in sources])
+    return Session(self, [read_image(source) for source in _sources(image)])
 
   def answer(self, generation: Generation, size: tuple[int, int] | None) -> Answer:
     """An Answer out of generated ids; `size` is (width, height) of the image it speaks of."""
@@ -210,15 +219,16 @@ class RegionChat:
       text = _settled(text, self.renderer.stop_strings)
     height, width = self.config.model.vision.image_hw
     fmt = FORMATS[self.config.prompt.coordinates]
-    found = []
+    found, refused = [], []
     if size is not None or fmt.frame != "original":
-      found = parse_regions(text, fmt, size=size, resized=(width, height))
+      found, refused = scan_regions(text, fmt, size=size, resized=(width, height))
     return Answer(
       text,
       tuple(kept),
       generation.finish,
       tuple(region for _, _, region in found),
       tuple((start, end) for start, end, _ in found),
+      tuple(refused),
     )
 
 
@@ -242,7 +252,6 @@ class Session:
     self._features = chat.engine.encode_images([pixels for pixels, _ in prepared])
     refs = [ImageRef("memory", str(k), _size(image)) for k, image in enumerate(images)]
     self._conversation = Conversation(chat.renderer, images=refs)
-    self._mentioned: set[int] = set()  # numbers of the regions that questions have named
     self._state: State | None = None  # None: nothing is cached
 
   @property
@@ -262,11 +271,10 @@ class Session:
     Regions given to `ask` must be mentioned at once, these need not.
     """
     c = self._conversation
-    if regions and not 0 <= image < len(self.images):
-      raise GenerationError(f"image {image}: the dialogue has {len(self.images)} images")
+    images = _region_images(regions, (image,) * len(regions), len(self.images))
     first = len(c.regions) + 1
     c.regions += tuple(regions)
-    c.region_images += (image,) * len(regions)
+    c.region_images += images
     return list(range(first, first + len(regions)))
 
   def ask(
@@ -312,16 +320,17 @@ class Session:
     answer as far as it came.
     """
     sampling = Sampling(temperature, top_p, seed)
-    text = self._with_mention(text, len(regions))
+    known = len(self.regions)
+    text = mention_the_only(text, range(known + 1, known + len(regions) + 1))
+    images = _region_images(regions, region_images, len(self.images))
     before = copy.copy(self._conversation)
     cached = len(self.ids)
     try:
-      prompt = self._conversation.ask(text, regions, region_images=region_images)
+      prompt = self._conversation.ask(text, regions, region_images=images)
       state = self._feed(prompt, cached, max_new_tokens)
     except Exception:
       self._conversation = before  # a refused question leaves the dialogue as it was
       raise
-    self._mentioned |= {int(number) for number in _MENTION.findall(text)}
     turn = sum(role == "user" for role, _ in self.turns)
     self.turns.append(("user", text))
     answer = Answer("")
@@ -337,11 +346,6 @@ class Session:
       self._conversation.answered(answer.ids)
       self.turns.append(("assistant", answer.text))
       self.answers.append(answer)
-
-  def _with_mention(self, text: str, new: int) -> str:
-    known = len(self.regions)
-    open_numbers = {k for k in range(1, known + 1) if k not in self._mentioned}
-    return mention_the_only(text, sorted(open_numbers) + list(range(known + 1, known + new + 1)))
 
   def _feed(self, prompt: Any, cached: int, max_new_tokens: int) -> State:
     """Brings the prompt into the cache: what is new of it, or all when nothing is cached.
@@ -371,11 +375,25 @@ class Session:
     return state
 
 
-def mention_the_only(text: str, numbers: Sequence[int]) -> str:
-  """The text; with a mention behind it when it has none and exactly one region waits for one."""
-  if len(numbers) == 1 and not _MENTION.search(text):
-    return f"{text.rstrip()} <region{numbers[0]}>"
-  return text
+def _sources(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+  if isinstance(image, (list, tuple)):
+    return list(image)
+  return [] if image is None else [image]
+
+
+def _region_images(
+  regions: Sequence[Region], images: Sequence[int] | None, count: int
+) -> tuple[int, ...]:
+  """The image of each region, by default the first, of `count`."""
+  images = (0,) * len(regions) if images is None else tuple(images)
+  if len(images) != len(regions):
+    raise GenerationError(f"{len(regions)} regions, but region_images names {len(images)}")
+  for image in images:
+    if not 0 <= image < count:
+      raise GenerationError(
+        f"a region of image {image}, but there are {count} images (counted from 0)"
+      )
+  return images
 
 
 def _size(image: np.ndarray) -> tuple[int, int]:

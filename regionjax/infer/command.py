@@ -26,13 +26,18 @@ from regionjax.infer.chat import (
   RegionChat,
   Session,
   load,
-  mention_the_only,
   read_image,
 )
 from regionjax.infer.regions_input import KINDS, parse_region
 from regionjax.infer.sampling import Sampling
+from regionjax.mentions import has_mention, mention_the_only
 from regionjax.regions import Region
 
+_DEFECTS = {
+  "inverted": "its corners are the wrong way round",
+  "outside": "it lies beyond the image",
+  "text": "its numbers are not of the model's format",
+}
 HELP = """\
   box x1,y1,x2,y2    adds a region; likewise point x,y, polygon x1,y1,..., scribble, mask FILE
   regions            lists the regions
@@ -105,14 +110,11 @@ def run(args: argparse.Namespace) -> int:
   ]
   if args.save is not None:
     _check_writable(args.save)
-  if args.ask:
-    # Each region is mentioned somewhere and each mention has a region, or nothing is asked at all.
-    text = mention_the_only("\n".join(args.ask), range(1, len(regions) + 1))
-    user_to_internal(text, len(regions))
+  questions = check_questions(args.ask, len(regions)) if args.ask else []
   chat = load(args.checkpoint)
   console = Console(chat, image, regions, sampling=sampling, max_new_tokens=args.max_new_tokens)
-  if args.ask:
-    for question in args.ask:
+  if questions:
+    for question in questions:
       print(f"> {question}")
       console.ask(question)
   else:
@@ -120,6 +122,22 @@ def run(args: argparse.Namespace) -> int:
   if args.save is not None:
     console.save(args.save)
   return 0
+
+
+def check_questions(asked: Sequence[str], regions: int) -> list[str]:
+  """The questions of a command line as they are asked.
+
+  Of a single region that none of them mentions the first one gets the mention behind it.
+
+  Raises:
+    RegionError: a region that is never mentioned, or a mention without a region; then nothing is
+      asked at all.
+  """
+  first, *rest = asked
+  if not any(map(has_mention, rest)):
+    first = mention_the_only(first, range(1, regions + 1))
+  user_to_internal("\n".join([first, *rest]), regions)
+  return [first, *rest]
 
 
 class Console:
@@ -161,8 +179,7 @@ class Console:
       print(answer.text.removeprefix(shown), end="", flush=True)
       shown = answer.text
     print(" ... (cut; see --max-new-tokens)" if answer.finish == "length" else "")
-    for region in answer.regions:
-      print(f"  = {describe(region, self.size)}")
+    show_regions(answer, self.size)
 
   def loop(self, policies: dict[str, Any]) -> None:
     """Reads commands and questions until the end of the input; policies as for `parse_region`."""
@@ -201,6 +218,15 @@ class Console:
 
     session_card(self._session).save(path)
     print(f"wrote {path}")
+
+
+def show_regions(answer: Answer, size: tuple[int, int]) -> None:
+  """Prints the regions of an answer in pixels, and what in it is meant for one and is none."""
+  for region in answer.regions:
+    print(f"  = {describe(region, size)}")
+  for refusal in answer.refused:
+    numbers = answer.text[refusal.start : refusal.end]
+    print(f"  = {numbers} is no region ({_DEFECTS.get(refusal.reason, refusal.reason)})")
 
 
 def describe(region: Region, size: tuple[int, int]) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from regionjax.images import ImageError, open_picture, to_rgb
 from regionjax.regions import Region, RegionError
 
 Size = tuple[int, int]
@@ -71,37 +72,42 @@ def parse_region(
 def read_mask(path: Path, *, size: Size) -> Region:
   """A mask from a picture of the image's size.
 
+  Read like any image (`images.open_picture`: the same formats, upright by its EXIF orientation).
   Inside is what is opaque, if the file has transparency; else what is bright (at least half of the
   brightest value), or in a palette picture every index but 0.
 
   Raises:
     RegionError: no such file, no picture, another size than the image's, or no pixel inside.
   """
+  name = f"mask {path}"
   try:
-    with Image.open(path) as picture:
-      if picture.size != tuple(size):  # before any pixel is decoded: a bomb has another size
-        raise RegionError(
-          "shape",
-          f"mask {path}: it is {picture.size[0]}x{picture.size[1]} pixels, the image "
-          f"{size[0]}x{size[1]}; draw the mask over the whole image",
-        )
-      picture.load()
-      bands = picture.getbands()
-      alpha = np.asarray(picture.getchannel("A")) if "A" in bands else None
-      values = np.asarray(picture if picture.mode in ("P", "1") else picture.convert("L"))
-  except FileNotFoundError:
-    raise RegionError("shape", f"mask {path}: no such file") from None
-  except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-    raise RegionError("shape", f"mask {path}: not a readable picture ({error})") from None
-  if alpha is not None and alpha.min() < 255:
-    inside = alpha > 127
-  elif picture.mode in ("P", "1"):
-    inside = values > 0
-  else:
-    inside = values >= max(int(values.max()), 1) / 2
+    picture = open_picture(path, name)
+    if picture.size != tuple(size):
+      raise RegionError(
+        "shape",
+        f"{name}: it is {picture.size[0]}x{picture.size[1]} pixels, the image "
+        f"{size[0]}x{size[1]}; draw the mask over the whole image",
+      )
+    inside = _inside(picture, name)
+  except ImageError as error:
+    raise RegionError("shape", str(error)) from error
   if not inside.any():
-    raise RegionError("empty", f"mask {path}: no pixel is inside; paint the region white")
+    raise RegionError("empty", f"{name}: no pixel is inside; paint the region white")
   return Region.from_mask(inside)
+
+
+def _inside(picture: Image.Image, name: str) -> np.ndarray:
+  if picture.mode.startswith("I"):  # 16 bits as they are: scaled to 8, a mask of 0 and 1 would go
+    values = np.asarray(picture)
+    return values >= max(int(values.max()), 1) / 2
+  if picture.has_transparency_data:
+    alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
+    if alpha.min() < 255:
+      return alpha > 127
+  if picture.mode in ("P", "1"):
+    return np.asarray(picture) > 0
+  values = np.asarray(Image.fromarray(to_rgb(picture, name)).convert("L"))
+  return values >= max(int(values.max()), 1) / 2
 
 
 def _numbers(kind: str, text: str) -> list[float]:

@@ -36,37 +36,50 @@ class Kernel(nn.Module):
     use_bias: whether there is a bias.
     gain: factor on the initial standard deviation 1 / sqrt(input width). Maps that write into the
       residual stream use 1 / sqrt(2 * layers), so that the stream's variance stays near 1.
+    stddev: the initial standard deviation itself, of a normal that isn't truncated (the published
+      systems' 0.02).
   """
 
   features: tuple[int, int]
   use_bias: bool = False
   gain: float = 1.0
+  stddev: float | None = None
 
   @nn.compact
   def __call__(self) -> tuple[Array, Array | None]:
     """(kernel [D, E], bias [E] or None)."""
-    stddev = self.gain * self.features[0] ** -0.5
-    kernel = self.param("kernel", normal(stddev), self.features, jnp.float32)
+    init = normal(self.gain * self.features[0] ** -0.5)
+    if self.stddev is not None:
+      init = nn.initializers.normal(self.stddev)
+    kernel = self.param("kernel", init, self.features, jnp.float32)
     if not self.use_bias:
       return kernel, None
     return kernel, self.param("bias", nn.initializers.zeros, self.features[1:], jnp.float32)
 
 
 class ConvKernel(nn.Module):
-  """A square convolution's weights, for ReLU behind it (He initialisation).
+  """A square convolution's weights.
 
   Attributes:
     sizes: side of the window, input and output width.
+    use_bias: whether there is a bias.
+    stddev: initial standard deviation; None is He's, for a ReLU behind the convolution.
   """
 
   sizes: tuple[int, int, int]
+  use_bias: bool = True
+  stddev: float | None = None
 
   @nn.compact
-  def __call__(self) -> tuple[Array, Array]:
-    """(kernel [S, S, D, E], bias [E])."""
+  def __call__(self) -> tuple[Array, Array | None]:
+    """(kernel [S, S, D, E], bias [E] or None)."""
     side, d, e = self.sizes
-    stddev = (2 / (side * side * d)) ** 0.5
-    kernel = self.param("kernel", normal(stddev), (side, side, d, e), jnp.float32)
+    init = (
+      nn.initializers.he_normal() if self.stddev is None else nn.initializers.normal(self.stddev)
+    )
+    kernel = self.param("kernel", init, (side, side, d, e), jnp.float32)
+    if not self.use_bias:
+      return kernel, None
     return kernel, self.param("bias", nn.initializers.zeros, (e,), jnp.float32)
 
 

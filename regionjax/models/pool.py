@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from regionjax.config import RegionConfig
+from regionjax.models.leaves import Kernel, Scale
+from regionjax.ops import mlp, norms
 from regionjax.ops.roi_align import roi_align
 
 KINDS = 4  # 0 padding, 1 point, 2 box, 3 mask: the values of Batch.region_kind_br
 POINT = 1
+EPSILON = 1e-5
 
 
 def cover_mean(patches_bknc: jax.Array, cover_brn: jax.Array, image_br: jax.Array) -> jax.Array:
@@ -56,12 +59,20 @@ def bin_boxes(boxes_br4: jax.Array, kind_br: jax.Array, point_window: float) -> 
   return boxes_br4 + jnp.where((kind_br == POINT)[..., None], around_4, 0.0)
 
 
+Weights = tuple[jax.Array, jax.Array | None]
+
+
+def _two_layers(x: jax.Array, hidden: Weights, output: Weights) -> jax.Array:
+  return mlp.linear(jax.nn.relu(mlp.linear(x, *hidden)), *output)
+
+
 class PoolEncoder(nn.Module):
   """RoIAlign bins and the mean of the covered patches, through one hidden layer.
 
   Attributes:
     config: `layers` (several hidden states are normalised and concatenated), `width` of the hidden
       layer, `output_size`, `sampling_ratio`, `position_width`, `point_window`.
+    in_width: C, the vision encoder's channels.
     out_width: D.
     grid: patches (per column, per row).
     dtype: of the computation; parameters are float32.
@@ -69,6 +80,7 @@ class PoolEncoder(nn.Module):
   """
 
   config: RegionConfig
+  in_width: int
   out_width: int
   grid: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
@@ -76,21 +88,24 @@ class PoolEncoder(nn.Module):
 
   def setup(self) -> None:
     c = self.config
+    channels = self.in_width * len(c.layers)
+    self.norms = [
+      Scale(self.in_width, use_bias=True, name=f"norm_{i}") for i in range(len(c.layers))
+    ]
     # The output layers start at the decoder's embedding scale, so that a slot begins as one more
     # token among others; ReLU because its cost on a CPU is a third of GELU's.
-    small = nn.initializers.normal(0.02)
-    self.norms = [
-      nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=self.dtype, name=f"norm_{i}")
-      for i in range(len(c.layers))
-    ]
-    self.hidden = nn.Dense(c.width, dtype=self.dtype)
-    self.output = nn.Dense(self.out_width, dtype=self.dtype, kernel_init=small)
-    self.position_hidden = nn.Dense(c.position_width, dtype=self.dtype)
-    self.position_output = nn.Dense(self.out_width, dtype=self.dtype, kernel_init=small)
+    self.hidden = Kernel((channels * (c.output_size**2 + 1), c.width), use_bias=True)
+    self.output = Kernel((c.width, self.out_width), use_bias=True, stddev=0.02)
+    self.position_hidden = Kernel((4 + KINDS, c.position_width), use_bias=True)
+    self.position_output = Kernel((c.position_width, self.out_width), use_bias=True, stddev=0.02)
 
   def maps(self, hidden: Sequence[jax.Array]) -> jax.Array:
     """Hidden states, each [B, K, N, C], normalised and concatenated: [B, K, N, C * layers]."""
-    return jnp.concatenate([norm(x) for norm, x in zip(self.norms, hidden)], axis=-1)
+    normed = [
+      norms.layer_norm(x.astype(self.dtype), *scale(), eps=EPSILON)
+      for scale, x in zip(self.norms, hidden)
+    ]
+    return jnp.concatenate(normed, axis=-1)
 
   def read(
     self,
@@ -128,9 +143,9 @@ class PoolEncoder(nn.Module):
     mean_brc = cover_mean(maps, jnp.where(mask_br1, region_cover_brn, 0.0), box_image_br)
     x_brx = jnp.concatenate([bins_brpqc.reshape(b, r, -1), mean_brc], axis=-1)
     kind_brk = jax.nn.one_hot(region_kind_br, KINDS, dtype=jnp.float32)
-    place_brp = jnp.concatenate([boxes_br4, kind_brk], axis=-1)
-    x_brd = self.output(nn.relu(self.hidden(x_brx)))
-    x_brd += self.position_output(nn.relu(self.position_hidden(place_brp)))
+    place_brp = jnp.concatenate([boxes_br4, kind_brk], axis=-1).astype(self.dtype)
+    x_brd = _two_layers(x_brx, self.hidden(), self.output())
+    x_brd += _two_layers(place_brp, self.position_hidden(), self.position_output())
     return jnp.where(mask_br1, x_brd, jnp.zeros_like(x_brd))
 
   def __call__(

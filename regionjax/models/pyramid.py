@@ -18,6 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from regionjax.config import RegionConfig
+from regionjax.models.leaves import ConvKernel, Kernel, Scale
+from regionjax.ops import mlp, norms
+from regionjax.ops.conv import conv2d
 from regionjax.ops.resize import resize_align_corners
 from regionjax.ops.roi_align import roi_align
 
@@ -33,13 +36,14 @@ class CoordConv(nn.Module):
   that is 0.5 instead of 34 GFLOP. The coordinates' share is added at full size.
   """
 
+  channels: int
   features: int
   size_hw: tuple[int, int]
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x_ihwc: jax.Array) -> jax.Array:
-    channels = x_ihwc.shape[-1]
+    channels = self.channels
     # torch's default convolution: uniform with bound 1/sqrt(fan_in), kernel and bias alike.
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     bound = (channels + 2) ** -0.5
@@ -68,17 +72,11 @@ class ShuffleRound(nn.Module):
 
   width: int
   groups: int
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, levels: list[jax.Array]) -> list[jax.Array]:
-    conv = nn.Conv(
-      self.width, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name="conv",
-      kernel_init=nn.initializers.he_normal(),
-    )  # fmt: skip
-    norm = nn.GroupNorm(
-      self.groups, epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype, name="norm"
-    )
+    kernel, _ = ConvKernel((3, self.width, self.width), use_bias=False, name="conv")()
+    scale, bias = Scale(self.width, use_bias=True, name="norm")()
     half, three_quarters = self.width // 2, self.width // 4 * 3
     out = []
     for l, own_ihwc in enumerate(levels):
@@ -93,7 +91,9 @@ class ShuffleRound(nn.Module):
         ],
         axis=-1,
       )
-      out.append(nn.relu(norm(conv(mixed_ihwc))))
+      y_ihwc = conv2d(mixed_ihwc, kernel)
+      y_ihwc = norms.group_norm(y_ihwc, scale, bias, groups=self.groups, eps=EPSILON)
+      out.append(jax.nn.relu(y_ihwc))
     return out
 
 
@@ -102,6 +102,7 @@ class PyramidEncoder(nn.Module):
 
   Attributes:
     config: every size of the encoder; `layers` and `upsample` name the levels, finest first.
+    in_width: C, the vision encoder's channels.
     out_width: D.
     grid: patches (per column, per row); need not be square.
     dtype: of the computation (norm statistics, resizing and RoI weights stay float32).
@@ -109,6 +110,7 @@ class PyramidEncoder(nn.Module):
   """
 
   config: RegionConfig
+  in_width: int
   out_width: int
   grid: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
@@ -126,28 +128,26 @@ class PyramidEncoder(nn.Module):
         f"region.width={c.width} must be a multiple of 4 and of region.groups={c.groups}"
       )
     gh, gw = self.grid
-    small = nn.initializers.normal(0.02)
     round_type = ShuffleRound if self.remat == "none" else nn.remat(ShuffleRound)
     self.input_convs = [
-      CoordConv(c.width, (gh * m, gw * m), self.dtype, name=f"input_conv_{l}")
+      CoordConv(self.in_width, c.width, (gh * m, gw * m), self.dtype, name=f"input_conv_{l}")
       for l, m in enumerate(c.upsample)
     ]
-    self.rounds = [
-      round_type(c.width, c.groups, self.dtype, name=f"round_{i}") for i in range(c.rounds)
-    ]
+    self.rounds = [round_type(c.width, c.groups, name=f"round_{i}") for i in range(c.rounds)]
     self.crop_convs = [
-      nn.Conv(
-        c.width, (3, 3), padding=1, dtype=self.dtype, name=f"crop_conv_{l}",
-        kernel_init=nn.initializers.normal(0.01),
-      )
+      ConvKernel((3, c.width, c.width), stddev=0.01, name=f"crop_conv_{l}")
       for l in range(len(c.layers))
-    ]  # fmt: skip
-    self.flatten = nn.Dense(c.token_width, dtype=self.dtype, kernel_init=small)
-    self.position_0 = nn.Dense(c.position_width, dtype=self.dtype, kernel_init=small)
-    self.position_1 = nn.Dense(c.token_width, dtype=self.dtype, kernel_init=small)
-    self.position_norm_0 = nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype)
-    self.position_norm_1 = nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype)
-    self.output = nn.Dense(self.out_width, dtype=self.dtype, kernel_init=small)
+    ]
+
+    def dense(before: int, after: int) -> Kernel:
+      return Kernel((before, after), use_bias=True, stddev=0.02)
+
+    self.flatten = dense(c.output_size**2 * c.width, c.token_width)
+    self.position_0 = dense(4, c.position_width)
+    self.position_1 = dense(c.position_width, c.token_width)
+    self.position_norm_0 = Scale(c.position_width, use_bias=True)
+    self.position_norm_1 = Scale(c.token_width, use_bias=True)
+    self.output = dense(c.token_width, self.out_width)
 
   def maps(self, hidden: Sequence[jax.Array]) -> list[jax.Array]:
     """Hidden states, each [B, K, N, C], to fused levels [B, K, H_l, W_l, width], finest first."""
@@ -175,8 +175,8 @@ class PyramidEncoder(nn.Module):
         box_image=box_image_br,
         valid=valid_br,
       )
-      sum_xpqc += conv(crop_brpqc.reshape(b * r, *crop_brpqc.shape[2:]))
-    return self.flatten(nn.relu(sum_xpqc).reshape(b, r, -1))
+      sum_xpqc += conv2d(crop_brpqc.reshape(b * r, *crop_brpqc.shape[2:]), *conv())
+    return mlp.linear(jax.nn.relu(sum_xpqc).reshape(b, r, -1), *self.flatten())
 
   def read(
     self,
@@ -203,9 +203,13 @@ class PyramidEncoder(nn.Module):
     valid_br = region_mask_br & jnp.all(jnp.isfinite(boxes_br4), axis=-1)
     boxes_br4 = jnp.where(valid_br[..., None], boxes_br4, 0.0)
     tokens_brt = self.crop_tokens(maps, boxes_br4, box_image_br, valid_br)
-    place_brt = self.position_norm_0(nn.relu(self.position_0(boxes_br4)))
-    place_brt = self.position_norm_1(nn.relu(self.position_1(place_brt)))
-    out_brd = self.output(tokens_brt + place_brt)
+    place_brt = boxes_br4.astype(self.dtype)
+    for kernel, norm in (
+      (self.position_0, self.position_norm_0), (self.position_1, self.position_norm_1)
+    ):  # fmt: skip
+      place_brt = jax.nn.relu(mlp.linear(place_brt, *kernel()))
+      place_brt = norms.layer_norm(place_brt, *norm(), eps=EPSILON)
+    out_brd = mlp.linear(tokens_brt + place_brt, *self.output())
     return jnp.where(valid_br[..., None], out_brd, jnp.zeros_like(out_brd))
 
   def __call__(

@@ -28,6 +28,7 @@ def make_region_encoder(config: ModelConfig) -> PoolEncoder | PyramidEncoder | N
     return None
   return ENCODERS[kind](
     config=config.region,
+    in_width=config.vision.width,
     out_width=config.decoder.width,
     grid=config.vision.grid,
     dtype=jnp.dtype(config.compute_dtype),

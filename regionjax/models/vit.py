@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from regionjax.config import VisionConfig
 from regionjax.models.leaves import ConvKernel, Kernel, Scale, normal, remat, scan
 from regionjax.ops import attention, mlp, norms, tokens
+from regionjax.ops.conv import conv2d
 
 Array = jax.Array
 
@@ -82,7 +83,7 @@ class VisionTransformer(nn.Module):
     x_bhwc = images_bhwc.astype(self.dtype)
     for i, (before, after) in enumerate(zip((3, *cfg.stem), cfg.stem)):
       kernel = ConvKernel((3, before, after), name=f"stem_{i}")()
-      x_bhwc = jax.nn.relu(tokens.halving_conv(x_bhwc, *kernel))
+      x_bhwc = jax.nn.relu(conv2d(x_bhwc, *kernel, stride=2))
     size, last = (1, cfg.stem[-1]) if cfg.stem else (p, 3)
     patches_bnp = tokens.patchify(x_bhwc, size)
     patches_bnc = mlp.linear(patches_bnp, *Kernel((size * size * last, c), name="patch")())

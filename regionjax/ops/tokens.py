@@ -38,25 +38,6 @@ def patchify(images_bhwc: Array, patch_size: int) -> Array:
   return patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * gw, patch_size * patch_size * c)
 
 
-def halving_conv(x_bhwc: Array, kernel_sscd: Array, bias_d: Array) -> Array:
-  """A convolution with stride 2, zeros around the image.
-
-  Args:
-    x_bhwc: [B, H, W, C], H and W even.
-    kernel_sscd: [S, S, C, D], S odd.
-    bias_d: [D].
-
-  Returns:
-    [B, H/2, W/2, D] in x's dtype; output pixel (i, j) is centred between input pixels 2i and 2i+1
-    as far as an odd window can be (on 2i+1), as with TensorFlow's SAME.
-  """
-  y_bhwd = jax.lax.conv_general_dilated(
-    x_bhwc, kernel_sscd.astype(x_bhwc.dtype), window_strides=(2, 2), padding="SAME",
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )  # fmt: skip
-  return y_bhwd + bias_d.astype(x_bhwc.dtype)[None, None, None]
-
-
 def merge_patches(x_bkhwc: Array, merge: int) -> Array:
   """Squares of `merge` x `merge` patches side by side in one token's channels, row by row.
 

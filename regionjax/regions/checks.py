@@ -17,6 +17,7 @@ from collections.abc import Iterable
 Point = tuple[float, float]
 Path = tuple[Point, ...]
 
+KINDS = ("point", "box", "polygon", "mask", "scribble")
 POLICIES = {
   "nan": ("error", "drop"),
   "inverted": ("error", "swap"),
@@ -46,6 +47,32 @@ def check_policies(**chosen: str) -> None:
       )
 
 
+def unknown_kind(kind: object) -> RegionError:
+  return RegionError("shape", f"region: kind {kind!r:.40}; expected one of {', '.join(KINDS)}")
+
+
+def unsound(
+  kind: str, points: Path, rings: Iterable[Path], brush: tuple[float, float]
+) -> RegionError:
+  """Why `Region.__post_init__` refuses such a region."""
+  if kind not in KINDS:
+    return unknown_kind(kind)
+  what = f"{kind} {points!r:.80}"
+  try:
+    numbers = [number for path in (points, *rings) for point in path for number in point]
+    if not all(map(math.isfinite, numbers)):
+      return RegionError("nan", f"{what}: a coordinate is not finite")
+    if kind == "box" and len(numbers) == 4:
+      return RegionError("inverted", f"{what}: expected (x1, y1), (x2, y2), x1 <= x2 and y1 <= y2")
+    if kind == "scribble":
+      return RegionError(
+        "shape", f"scribble: brush {brush!r:.80}; expected two positive, finite diameters"
+      )
+  except (TypeError, ValueError):
+    pass
+  return RegionError("shape", f"{what}: expected (x, y) pairs, of a box its two corners")
+
+
 def normalise(
   points: Iterable[Iterable[float]], size: tuple[float, float] | None, what: str
 ) -> list[Point]:
@@ -57,9 +84,9 @@ def normalise(
     )
   try:
     return [(float(x) / width, float(y) / height) for x, y in points]
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, OverflowError) as error:
     raise RegionError(
-      "shape", f"{what}: expected a sequence of (x, y) pairs, got {points!r}"
+      "shape", f"{what}: expected a sequence of (x, y) pairs, got {points!r:.120}"
     ) from error
 
 

@@ -1,8 +1,10 @@
 """Regions as text: the coordinate conventions of the field, printed and parsed exactly.
 
 One list of numbers per region, x before y unless said otherwise: 2 numbers are a point, 4 a box
-(left, top, right, bottom), 6 or more a polygon. Masks and scribbles are written as their outline,
-so they come back as polygons.
+(left, top, right, bottom), 6 or more a polygon. Masks and scribbles are written as an outline, so
+they come back as polygons. Only one list is written, so of a polygon, mask or scribble of several
+parts the text keeps one: of a polygon the ring of largest area, of a mask the outer outline of its
+largest part (holes are lost), of a scribble the first path without its width (`Region.outline`).
 
 | name | example | numbers |
 |---|---|---|
@@ -27,6 +29,23 @@ from regionjax.regions.region import Region, Size
 _LIST = re.compile(r"\[([^\[\]]*)\]")
 _LOC = re.compile(r"(?:<loc\d{4}>)+")
 _NUMBER = re.compile(r"\s*-?\d{1,9}(?:\.\d{1,9})?\s*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+  """A list of numbers in a text that is no region.
+
+  Attributes:
+    start, end: where it stands in the text.
+    reason: as of RegionError: 'inverted', 'outside', or 'text' where the numbers are not of the
+      format (their count, NaN).
+    message: what is wrong, in words.
+  """
+
+  start: int
+  end: int
+  reason: str
+  message: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +92,8 @@ class CoordinateFormat:
 
     Args:
       region: in the frame of the original image; for 'pixels_resized' after a letterbox or a crop
-        in that of the resized one (`region.transform(t)`).
+        in that of the resized one (`region.transform(t)`; prompts refuse these two together, see
+        `prompt_checks.check_resize`).
       size: (width, height) of the original image; needed by 'pixels'.
       resized: (width, height) of the resized image; needed by 'pixels_resized'.
       max_vertices: outlines are simplified to this many vertices (None: see Region.outline).
@@ -189,15 +209,43 @@ def parse_regions(
 ) -> list[tuple[int, int, Region]]:
   """Every region written in a text (such as an answer), as (start, end, region) in order.
 
-  Lists that don't parse, or that the policies refuse, are left out.
+  Lists that don't parse, or that the policies refuse, are left out; `scan_regions` tells of them.
+  """
+  found, _ = scan_regions(text, fmt, size=size, resized=resized, inverted=inverted, outside=outside)
+  return found
+
+
+def scan_regions(
+  text: str,
+  fmt: str | CoordinateFormat,
+  *,
+  size: Size | None = None,
+  resized: Size | None = None,
+  inverted: str = "error",
+  outside: str = "error",
+) -> tuple[list[tuple[int, int, Region]], list[Refusal]]:
+  """`parse_regions`, and beside it the lists of numbers that are no region, in order.
+
+  Words in brackets are prose and belong to neither.
   """
   form = get_format(fmt) if isinstance(fmt, str) else fmt
   form.step(size, resized)  # a missing size is the caller's mistake, not the text's
-  found = []
+  found, refused = [], []
   for match in (_LOC if form.tokens else _LIST).finditer(text):
     try:
       region = form.parse(match[0], size, resized=resized, inverted=inverted, outside=outside)
-    except RegionError:
+    except RegionError as error:
+      if form.tokens or all(map(_is_number, match[1].split(","))):
+        refused.append(Refusal(match.start(), match.end(), error.reason, str(error)))
       continue
     found.append((match.start(), match.end(), region))
-  return found
+  return found, refused
+
+
+def _is_number(text: str) -> bool:
+  """Whether it reads as a number of any kind, NaN and infinity among them."""
+  try:
+    float(text)
+  except ValueError:
+    return False
+  return True

@@ -97,7 +97,9 @@ class Mask:
       height, width = (int(n) for n in rle["size"])
       counts = rle["counts"]
       runs = _decompress(counts) if isinstance(counts, (str, bytes)) else [int(n) for n in counts]
-    except (KeyError, TypeError, ValueError) as error:
+      if height <= 0 or width <= 0:
+        raise ValueError("no pixels")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
       raise RegionError(
         "shape", f"mask: expected {{'size': [height, width], 'counts': ...}}, got {rle!r:.80}"
       ) from error

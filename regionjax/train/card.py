@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from regionjax.config import Config
+from regionjax.train.evals import SPLIT_SOURCES
 from regionjax.train.progress import duration, short
 
 
@@ -43,7 +44,8 @@ def write_card(config: Config, summary: dict[str, Any], *, step: int) -> str:
     + (", ended by its time limit: not reproducible bit by bit" if summary["time_limited"] else ""),
     f"- seeds {summary['seeds']['train']} (model) and {summary['seeds']['data']} (data); "
     f"commit {commit}",
-    f"- weights of step {step}" + (" (the best held-out loss)" if step != summary["steps"] else ""),
+    f"- weights of step {step}"
+    + (" (the best evaluation loss)" if step != summary["steps"] else ""),
     "",
     "## How well it does",
     "",
@@ -68,11 +70,13 @@ def _sources(config: Config) -> str:
 
 def _results(summary: dict[str, Any]) -> list[str]:
   accuracy, loss = summary["accuracy"], summary["loss"]
+  unseen = all(s["name"] in SPLIT_SOURCES for s in summary["config"]["data"]["sources"])
+  about = "about unseen examples" if unseen else "(some about examples that it was trained on)"
   if accuracy["accuracy"] is None:
     return ["Not evaluated."]
   lines = [
-    f"Teacher-forced exact match of {accuracy['answers']} held-out answers, at the last step: "
-    f"**{accuracy['accuracy']:.1%}**; held-out loss {loss['held_out']:.4f} per token.",
+    f"Teacher-forced exact match of {accuracy['answers']} answers {about}, at the last step: "
+    f"**{accuracy['accuracy']:.1%}**; their loss is {loss['evaluation']:.4f} per token.",
     "",
   ]
   for title, key in (("task", "by_task"), ("reference", "by_reference")):

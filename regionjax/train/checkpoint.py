@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+DAMAGED = "damaged"  # folder of a run's unreadable checkpoints
+
 
 class CheckpointError(OSError):
   """No checkpoint of a run can be read."""
@@ -57,14 +59,20 @@ class Checkpoints:
       _save(self._latest, step, state, record)
 
   def save_best(self, step: int, trainable: Any, record: dict[str, Any]) -> None:
-    """Starts writing the best parameters; they replace the previous best when complete."""
-    if step not in self._best.all_steps():
-      _save(self._best, step, trainable, record)
+    """Starts writing the best parameters; they replace the previous best when complete.
+
+    Those of this step or a later one are of a part of the run that was lost and is now repeated:
+    they go first, since Orbax keeps the highest step and not the newest.
+    """
+    for stale in [s for s in self._best.all_steps() if s >= step]:
+      self._best.wait_until_finished()
+      self._best.delete(stale)
+    _save(self._best, step, trainable, record)
 
   def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-    """The newest readable checkpoint, or None where there is none at all.
+    """The newest readable checkpoint, or None where there is none, not even a damaged one.
 
-    Damaged ones are named through `log`, moved to `damaged/` and passed over.
+    Damaged ones are named through `log`, moved to `damaged/` and passed over. Nothing is deleted.
 
     Args:
       like: a tree of jax.ShapeDtypeStruct with shardings.
@@ -73,25 +81,25 @@ class Checkpoints:
       (state, record).
 
     Raises:
-      CheckpointError: there are checkpoints, and all are damaged.
+      CheckpointError: there are checkpoints, and all are damaged; again in each later call, until
+        one is put back or `damaged/` is deleted.
     """
     steps = self.steps()
     for i, step in enumerate(reversed(steps)):
       try:
-        restored = _restore(self._latest, step, like)
-        self._forget_best_behind(step)
-        return restored
+        return _restore(self._latest, step, like)
       except Exception as error:  # whatever a broken file makes a reader raise
         older = steps[-2 - i] if i + 1 < len(steps) else None
         moved = self._set_aside(step)
         use = f"using step {older}" if older is not None else "and there is no older one"
         reason = " ".join(str(error).split())[:160]
         self._log(f"checkpoint of step {step} is damaged ({reason}); moved to {moved}; {use}")
-    if steps:
+    lost = self._set_aside_before()
+    if steps or lost:
       raise CheckpointError(
-        f"no checkpoint under {self._workdir} can be read (tried steps "
-        f"{', '.join(map(str, steps))}); restore one from a copy, or start afresh with another "
-        "--workdir"
+        f"no checkpoint under {self._workdir} can be read (damaged: steps "
+        f"{', '.join(map(str, lost or steps))}); put a copy of one back into checkpoints/, name "
+        f"another --workdir, or delete {self._workdir / DAMAGED} to start anew from step 0 here"
       )
     return None
 
@@ -115,14 +123,14 @@ class Checkpoints:
     self._latest.close()
     self._best.close()
 
-  def _forget_best_behind(self, step: int) -> None:
-    """A best checkpoint behind the step that a run goes on from will be found again, or replaced by
-    one with a lower number, which Orbax would take for the older one."""
-    for later in [s for s in self._best.all_steps() if s > step]:
-      self._best.delete(later)
+  def _set_aside_before(self) -> list[int]:
+    """Steps of the checkpoints that were found damaged, now or in an earlier call."""
+    folder = self._workdir / DAMAGED
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
 
   def _set_aside(self, step: int) -> Path:
-    target = self._workdir / "damaged" / str(step)
+    target = self._workdir / DAMAGED / str(step)
     if jax.process_index() == 0:
       if target.exists():
         shutil.rmtree(target)

@@ -1,4 +1,7 @@
-"""Evaluation during training: loss and exact-match accuracy on fixed held-out batches."""
+"""Evaluation during training: loss and exact-match accuracy on fixed batches.
+
+They are held out where the source has a test split, which files of one's own don't.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from regionjax.config import Config, SourceConfig
+from regionjax.data.scenes_dialogue import TASKS
 from regionjax.mesh import put_batch
 from regionjax.train.step import Apply, make_eval_step
 
@@ -91,15 +95,20 @@ class Evaluator:
     )
 
 
+SPLIT_SOURCES = ("scenes",)  # those that hold examples out
+
+
 def held_out_config(source: SourceConfig) -> SourceConfig:
   """The test split of a source; a source without splits is taken as it is.
 
-  Of `scenes` always the same ones, whatever the run's seed, so that runs can be compared; and one
-  question per example, so that no answer profits from an earlier answer in its dialogue.
+  Of `scenes` always the same ones, whatever the run's seed, so that runs can be compared; one
+  question per example, so that no answer profits from an earlier answer in its dialogue; and all
+  tasks equally often, however training weighs them.
   """
-  if source.name != "scenes":
+  if source.name not in SPLIT_SOURCES:
     return source
-  fixed = {"split": "test", "turns": 1, "seed": 0}
+  tasks = dict.fromkeys(source.args.get("tasks") or TASKS, 1.0)
+  fixed = {"split": "test", "turns": 1, "seed": 0, "tasks": tasks}
   return dataclasses.replace(source, args={**source.args, **fixed})
 
 

@@ -33,7 +33,7 @@ def finish(
     run.state,
     run.ledger,
     devices=list(run.mesh.devices.flat),
-    data=run.pipeline.stats(),
+    data={**run.pipeline.stats(), "sources": run.reports},
     peak=peak,
     command=command,
   )
@@ -93,7 +93,7 @@ def export_workdir(workdir: Path, folder: Path, *, log: Callable[[str], None] = 
   if not (workdir / workdirs.CONFIG).is_file():
     raise ConfigError(f"{workdir} is no work folder of regionjax train (no {workdirs.CONFIG})")
   config = read_config(workdir / workdirs.CONFIG)
-  tokenizer = load_tokenizer(config.prompt.tokenizer)
+  tokenizer = load_tokenizer(config.prompt.tokenizer, config.prompt.added_tokens)
   build = make_init(config, model_functions(config, tokenizer)[1], make_optimizer(config.train))
   device = jax.devices()[0]
   checkpoints = Checkpoints(workdir, keep=config.train.keep, log=log)

@@ -243,7 +243,7 @@ class _Loop:
     seconds = time.monotonic() - before
     self._writer.write("eval", ledger.step, values | {"seconds": seconds})
     self._progress.message(
-      f"step {ledger.step}: held-out loss {values['loss']:.4f}, exact match "
+      f"step {ledger.step}: evaluation loss {values['loss']:.4f}, exact match "
       f"{values['accuracy']:.1%} of {values['answers']} answers ({seconds:.1f} s)"
     )
     self._paused += seconds

@@ -29,8 +29,8 @@ def plot_run(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
   figure.suptitle(title)
   left, middle, right = figure.subplots(1, 3)
   _losses(left, train, evals)
-  _accuracies(middle, evals, "by_task", "held-out accuracy by task")
-  _accuracies(right, evals, "by_reference", "held-out accuracy by kind of reference")
+  _accuracies(middle, evals, "by_task", "evaluation: accuracy by task")
+  _accuracies(right, evals, "by_reference", "evaluation: accuracy by kind of reference")
   figure.savefig(path, dpi=110)
   return path
 
@@ -53,7 +53,7 @@ def _losses(axes: Any, train: Sequence[dict], evals: Sequence[dict]) -> None:
   if evals:
     axes.plot(
       [r["step"] for r in evals], [r["loss"] for r in evals],
-      color="tab:orange", marker="o", markersize=4, label="held out",
+      color="tab:orange", marker="o", markersize=4, label="evaluation",
     )  # fmt: skip
   values = [r["loss"] for r in [*train, *evals]]
   if values and 0 < 10 * min(values) < max(values):

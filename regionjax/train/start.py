@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from regionjax import mesh as meshes
-from regionjax.config import Config, ConfigError
+from regionjax.config import Config, ConfigError, ModelConfig
 from regionjax.train import workdir as workdirs
 from regionjax.train.checkpoint import CheckpointError, Checkpoints
 from regionjax.train.evals import Evaluator, held_out_batches
@@ -26,6 +28,7 @@ from regionjax.train.state import (
   unflatten_paths,
 )
 from regionjax.train.step import Apply, make_train_step
+from regionjax.train.summary import source_reports
 
 Log = Callable[[str], None]
 
@@ -44,6 +47,7 @@ class Run:
   checkpoints: Checkpoints
   state: TrainState
   ledger: Ledger
+  reports: list[dict[str, Any]]  # of the sources that have something to report
   lock: IO[Any] | None  # held as long as the run uses the folder
 
 
@@ -51,46 +55,65 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
   """Builds a run, from its newest checkpoint if the folder holds one.
 
   Raises:
-    ConfigError: settings that don't go together, or a work folder of another config.
+    ConfigError: settings that don't go together, or a work folder of another config or in use by
+      another process, in which nothing is changed.
     CheckpointError: there are checkpoints and none is readable.
+    DataError: a source's complaint about its files.
   """
   from regionjax.conversation import Renderer
   from regionjax.data.pipeline import Pipeline
+  from regionjax.data.sources import make_source
+  from regionjax.prompt_checks import check_resize
   from regionjax.tokenizer import load_tokenizer
 
   workdirs.check(workdir, config, log=log)
-  tokenizer = load_tokenizer(config.prompt.tokenizer)
+  tokenizer = load_tokenizer(config.prompt.tokenizer, config.prompt.added_tokens)
   check(config, mesh, tokenizer)
   renderer = Renderer(config.prompt, config.model, tokenizer)
-  pipeline = Pipeline(config, renderer, host=jax.process_index(), hosts=jax.process_count())
+  check_resize(config.prompt, config.data.resize)
+  sources = [make_source(source) for source in config.data.sources]
+  pipeline = Pipeline(
+    config, renderer, sources=sources, host=jax.process_index(), hosts=jax.process_count()
+  )
+  reports = source_reports(sources)
+  for report in reports:
+    log(report["text"])
   apply, init = model_functions(config, tokenizer)
   optimizer = make_optimizer(config.train)
   build = make_init(config, init, optimizer)
   same = meshes.replicated(mesh)
   like = abstract(build, same)
   given: Params = {}
-  if not any((workdir / "checkpoints").glob("[0-9]*")):
+  # Digits only: a checkpoint that was being written when the run was killed is none.
+  if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
     shapes = jax.eval_shape(init, jax.random.key(0))
     given = starting_params(config, shapes, tokenizer, log=log)
   evaluator = None
   if config.train.eval_every > 0:
     evaluator = Evaluator(apply, held_out_batches(config, renderer), mesh)
 
-  workdirs.register(workdir, config)
-  lock = workdirs.lock(workdir)
-  checkpoints = Checkpoints(workdir, keep=config.train.keep, log=log)
-  restored = checkpoints.restore_latest(like)
-  if restored is None:
-    key = jax.random.key(config.train.seed)
-    state, ledger = jax.jit(build, out_shardings=same)(key, given), Ledger()
-  else:
-    state, record = restored
-    ledger = _resume(record, pipeline, tokenizer)
-    log(f"going on from step {ledger.step} in {workdir}")
-  step = make_train_step(config, apply, optimizer, mesh)
+  with contextlib.ExitStack() as on_failure:
+    lock = workdirs.lock(workdir)
+    if lock is not None:
+      on_failure.callback(lock.close)
+      workdirs.check(workdir, config, log=lambda _: None)  # another may have had it until now
+    workdirs.register(workdir, config)
+    checkpoints = Checkpoints(workdir, keep=config.train.keep, log=log)
+    on_failure.callback(checkpoints.close)
+    restored = checkpoints.restore_latest(like)
+    if restored is None:
+      key = jax.random.key(config.train.seed)
+      state, ledger = jax.jit(build, out_shardings=same)(key, given), Ledger()
+    else:
+      state, record = restored
+      ledger = _resume(record, pipeline, tokenizer)
+      log(f"going on from step {ledger.step} in {workdir}")
+    step = make_train_step(config, apply, optimizer, mesh)
+    on_failure.pop_all()
   return Run(
-    config, workdir, mesh, tokenizer, pipeline, step, evaluator, checkpoints, state, ledger, lock
-  )
+    config, workdir, mesh, tokenizer, pipeline, step, evaluator, checkpoints, state, ledger,
+    reports, lock,
+  )  # fmt: skip
 
 
 def create_state(config: Config, tokenizer: Any, rng: jax.Array) -> TrainState:
@@ -155,7 +178,8 @@ def starting_params(config: Config, shapes: Params, tokenizer: Any, *, log: Log 
   """Parameters of the release `train.init_from`, fit for the model; {} without one.
 
   Parts that the release lacks, or a region encoder of another kind, start fresh, and parts that the
-  model lacks are left out; both are named through `log`.
+  model lacks are left out; for images of another size the vision encoder's position table is
+  resampled. All of this is named through `log`.
 
   Raises:
     ConfigError: shapes differ (all of them are listed), nothing fits, or the tokenizers differ.
@@ -172,6 +196,7 @@ def starting_params(config: Config, shapes: Params, tokenizer: Any, *, log: Log 
       f"prompt.tokenizer={config.prompt.tokenizer!r} ({tokenizer.fingerprint}), so its embeddings "
       f"mean other tokens; set prompt.tokenizer={folder}"
     )
+  params = _for_image_size(source.model, params, config.model, folder, log)
   given, wanted = flatten_paths(params), flatten_paths(shapes)
   shared = sorted(given.keys() & wanted.keys())
   if source.model.region.features != config.model.region.features:
@@ -194,6 +219,27 @@ def starting_params(config: Config, shapes: Params, tokenizer: Any, *, log: Log 
     if left:
       log(f"train.init_from={folder}: {what}: {', '.join(_brief(left, paths))}")
   return unflatten_paths({path: given[path] for path in shared})
+
+
+def _for_image_size(
+  source: ModelConfig, params: Params, target: ModelConfig, folder: str, log: Log
+) -> Params:
+  """A release's parameters, with its position table on the grid of the target's images."""
+  from regionjax.models.params import resize_images
+
+  old, new = source.vision, target.vision
+  if old.patch_size != new.patch_size or old.grid == new.grid:
+    return params
+  _, params = resize_images(source, params, new.image_size)
+  log(
+    f"train.init_from={folder}: vision/positions resampled from {_times(old.grid)} patches "
+    f"(images of {_times(old.image_hw)} pixels) to {_times(new.grid)} ({_times(new.image_hw)})"
+  )
+  return jax.tree.map(np.asarray, params)
+
+
+def _times(sides: tuple[int, int]) -> str:
+  return f"{sides[0]}x{sides[1]}"
 
 
 def _brief(paths: Collection[str], among: Collection[str]) -> list[str]:

@@ -37,7 +37,7 @@ def summarize(
     state: its parameters are counted.
     ledger: counts, clock, losses.
     devices: what it ran on.
-    data: the pipeline's `stats()`.
+    data: the pipeline's `stats()`, and as `sources` what `source_reports` gives.
     peak: FLOP/s that the devices can do at best, if known.
     command: how it was started.
 
@@ -64,7 +64,7 @@ def summarize(
     "wall_seconds": ledger.elapsed,
     "loss": {
       "train": (ledger.train or {}).get("loss"),
-      "held_out": evaluation.get("loss"),
+      "evaluation": evaluation.get("loss"),
       "best": ledger.best,
     },
     "accuracy": {
@@ -101,6 +101,30 @@ def parameters(state: TrainState) -> dict[str, Any]:
     "trainable": sum(leaf.size for leaf in jax.tree.leaves(state.trainable)),
     "non_embedding": total - table,
   }
+
+
+def source_reports(sources: Sequence[Any]) -> list[dict[str, Any]]:
+  """What was used of the files behind sources, and what was left out or mended, by reason.
+
+  Args:
+    sources: those without a `report` (see `sources.coco`) have nothing to say and are left out.
+
+  Returns:
+    JSON-able, one entry for each report: `name` and `examples` of the source; `used` and `counts`
+    as numbers; `defects`, how many records are faulty; and `text`, the table for people.
+  """
+  return [
+    {
+      "name": source.name,
+      "examples": len(source),
+      "used": dict(source.report.used),
+      "counts": dict(source.report.counts),
+      "defects": source.report.defects,
+      "text": str(source.report),
+    }
+    for source in sources
+    if hasattr(source, "report")
+  ]
 
 
 def git_state() -> dict[str, Any] | None:

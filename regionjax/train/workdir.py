@@ -45,7 +45,7 @@ def check(workdir: Path, config: Config, *, log: Callable[[str], None] = print) 
   if workdir.exists() and not workdir.is_dir():
     raise ConfigError(f"--workdir {workdir} is a file; name a folder")
   if not path.exists():
-    if workdir.is_dir() and any(workdir.iterdir()):
+    if workdir.is_dir() and any(inside.name != LOCK for inside in workdir.iterdir()):
       raise ConfigError(
         f"--workdir {workdir} is not empty and holds no run (no {CONFIG}); name another folder"
       )
@@ -65,14 +65,15 @@ def check(workdir: Path, config: Config, *, log: Callable[[str], None] = print) 
 
 
 def register(workdir: Path, config: Config) -> None:
-  """Makes the folder that of this config. Call it when the run is known to be able to start."""
+  """Makes the folder that of this config. Call it with the lock, when the run is able to start."""
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_config(workdir / CONFIG, config)
 
 
 def lock(workdir: Path) -> IO[Any] | None:
-  """Takes the folder for this run; closing what is returned, or the end of the process, frees it.
+  """Takes the folder for this run, made if missing; closing what is returned, or the end of the
+  process, frees it.
 
   Two processes in one folder would overwrite each other's checkpoints. Only host 0 writes there, so
   only host 0 locks; a file system without locks is used without one.
@@ -82,6 +83,7 @@ def lock(workdir: Path) -> IO[Any] | None:
   """
   if jax.process_index() != 0:
     return None
+  workdir.mkdir(parents=True, exist_ok=True)
   file = (workdir / LOCK).open("a")
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

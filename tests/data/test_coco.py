@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -136,6 +137,18 @@ def test_defects_are_skipped_and_counted_or_an_error(reason, folder):
   with pytest.raises(DataError, match="defect") as caught:
     _open(folder, strict=True, **DEFECTS[reason])
   assert reason in str(caught.value)
+
+
+def test_opening_a_faulty_file_again_warns_once(folder, caplog):
+  with caplog.at_level(logging.WARNING):
+    for _ in range(2):
+      source = _open(folder, [_box(), _box((5, 5, 0, 10)), _box(image_id=77)])
+      assert source.report.defects == 2
+  (said,) = caplog.messages
+  assert said.startswith(f"{folder / 'boxes.json'}: 2 faulty records")
+  caplog.clear()
+  _open(folder, [_box(), _box(id=2)])  # a duplicate is no fault
+  assert caplog.messages == []
 
 
 def test_clipped_boxes_end_at_the_border(folder):

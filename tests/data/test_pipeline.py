@@ -25,6 +25,7 @@ from regionjax.config import (
   VisionConfig,
 )
 from regionjax.conversation import Renderer
+from regionjax.data import decode_pool
 from regionjax.data.decode_pool import result
 from regionjax.data.errors import DataError
 from regionjax.data.pipeline import (
@@ -320,6 +321,28 @@ def test_worker_processes_give_the_same_batches_and_states(make):
   assert len(processes) >= 1
   helped.close()
   assert not any(process.is_alive() for process in processes)
+
+
+def test_a_host_decodes_the_images_of_its_own_rows_alone(make, pictures, monkeypatch):
+  decoded = []
+
+  def counting(ref):
+    decoded.append(ref.key)
+    return load_image(ref)
+
+  monkeypatch.setattr(decode_pool, "load_image", counting)
+  source = Pictures(pictures)
+  for host in range(2):
+    decoded.clear()
+    pipeline = make(host=host, hosts=2)
+    batches = take(pipeline, 3)
+    pipeline.close()
+    rows = [row for _, meta in batches for row in meta]
+    ids = [name for row in rows for name in dict.fromkeys(m["id"] for m in row)]
+    wanted = [ref.key for name in ids for ref in source[int(name.split("/")[1])].images]
+    assert len(wanted) == sum(int(batch["image_mask_bk"].sum()) for batch, _ in batches) > 6
+    # Batches are decoded in order, a few of them ahead of what was handed out.
+    assert decoded[: len(wanted)] == wanted
 
 
 def test_state_is_that_of_the_last_batch_handed_out(make):

@@ -33,12 +33,12 @@ GOLDEN_LOOKS = [
   "large purple dotted star",
 ]
 GOLDEN_TURNS = [
-  "What size is {region:0}?",
-  "large",
-  "What is the size of {region:1}?",
-  "small",
-  "Count the blue stars.",
-  "1",
+  "Describe {region:0}.",
+  "a large orange striped heart",
+  "{region:1}",
+  "a small blue star",
+  "{region:2}",
+  "a medium blue checkered house",
 ]
 N = 150  # scenes of the statistics below
 

@@ -72,10 +72,10 @@ def test_table():
   name = next(line for line in lines if line.startswith("name "))
   low, high = wilson(9, 10)
   assert name.split() == [
-    "name", "10", "90.0", f"{100 * low:.0f}-{100 * high:.0f}", "100.0", "20.0", "25.0",
+    "name", "10", "90.0", f"{100 * low:.0f}-{100 * high:.0f}", "100.0", "20.0", "25.0", "0.80",
   ]  # fmt: skip
   count = next(line for line in lines if line.startswith("count "))
-  assert count.split()[-2:] == ["-", "-"]
+  assert count.split()[-3:] == ["-", "-", "-"]
   assert "blanked / random object = 0.67; reads its regions: yes" in table
   assert max(map(len, lines)) <= 100
 

@@ -1,6 +1,8 @@
 """A small random model as a release folder, and chats opened from it."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -76,6 +78,34 @@ def make_chat():
     if key not in made:
       made[key] = small_chat(region, template=template)
     return made[key]
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def make_chain_chat():
+  """Texts of tokens -> a chat whose answer to any question is these tokens, the last repeated.
+
+  It is a real model of template vicuna_v0: blocks that add nothing leave a token's logits to a
+  table of what follows it (the embedding and the output layer).
+  """
+  tokenizer = load_tokenizer("tiny")
+  config = small_config("none", template="vicuna_v0")
+  decoder = dataclasses.replace(config.model.decoder, tie_embeddings=False)
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
+
+  def make(texts: Sequence[str]) -> RegionChat:
+    ids = [i for text in (":", *texts) for i in tokenizer.encode_text(text, start="inside")]
+    assert len(ids) == 1 + len(texts)  # ":" is the last token of every prompt
+    params = make_params(config)["decoder"]
+    for array in (params["layers"]["o"], params["layers"]["down"], params["embed"], params["head"]):
+      for leaf in array.values():
+        leaf[:] = 0
+    follower = dict(itertools.pairwise([*ids, ids[-1]]))
+    for channel, (token, following) in enumerate(follower.items()):
+      params["embed"]["embedding"][token, channel] = 1
+      params["head"]["kernel"][channel, following] = 1
+    return RegionChat(config, {**make_params(config), "decoder": params}, tokenizer, steps=4)
 
   return make
 

@@ -1,5 +1,6 @@
 """RegionChat and Session: dialogues from the cache equal dialogues from scratch."""
 
+import dataclasses
 import io
 import itertools
 
@@ -9,14 +10,17 @@ from PIL import Image
 
 import regionjax
 from regionjax import Region
+from regionjax.config import ConfigError
 from regionjax.images import ImageError
 from regionjax.infer.batching import GenerationError
-from regionjax.infer.chat import Question, RegionChat, mention_the_only, read_image
+from regionjax.infer.chat import Question, RegionChat, read_image
 from regionjax.infer.engine import Generation
 from regionjax.infer.prompts import make_prompt
+from regionjax.mentions import mention_the_only
 from regionjax.regions import RegionError
 
 BOX, POINT = Region.box(0.1, 0.2, 0.6, 0.9), Region.point(0.7, 0.3)
+POLYGON = Region.polygon([(0.2, 0.1), (0.9, 0.4), (0.3, 0.8)])
 PICTURE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 TURNS = [
   ("What is <region1>?", [BOX]),
@@ -99,6 +103,36 @@ def test_ask_many_equals_ask(chat):
   assert together == [chat.ask(q.image, q.text, q.regions, **FEW) for q in questions]
 
 
+def test_ask_many_takes_no_image_and_several(chat):
+  two = [PICTURE, PICTURE[::-1]]
+  questions = [
+    Question(None, "Hello?"),
+    Question(two, "Is <region1> like <region2>?", [BOX, BOX], [0, 1]),
+    Question(PICTURE, "What is <region1>?", [BOX]),
+    Question([], "Hello again?"),
+    Question((two[1], two[1]), "Is it <region1>?", [POINT], [1]),
+  ]
+  together = chat.ask_many(questions, **FEW)
+  for question, answer in zip(questions, together):
+    alone = chat.ask(
+      question.image, question.text, question.regions, region_images=question.region_images, **FEW
+    )
+    assert answer == alone
+  assert chat.ask_many(questions[:1], **FEW) == together[:1]
+
+
+def test_a_region_needs_its_image(chat):
+  for image, region_images, match in (
+    (None, None, "a region of image 0, but there are 0 images"),
+    ([PICTURE] * 2, [2], "a region of image 2, but there are 2 images"),
+    (PICTURE, [0, 0], "1 regions, but region_images names 2"),
+  ):
+    with pytest.raises(GenerationError, match=match):
+      chat.ask_many([Question(image, "What is <region1>?", [BOX], region_images)])
+    with pytest.raises(GenerationError, match=match):
+      chat.ask(image, "What is <region1>?", [BOX], region_images=region_images)
+
+
 def test_streaming_grows_to_the_answer(make_chat):
   chat = make_chat("pool")  # 4 tokens per dispatch
   settings = {"temperature": 1.0, "seed": 1, "max_new_tokens": 12}
@@ -148,17 +182,23 @@ def test_a_lone_region_is_mentioned_for_you(chat):
   assert session.turns[2] == ("user", "And this? <region2>")
   session.ask("And its colour?", **FEW)
   assert session.turns[4] == ("user", "And its colour?")
+  session.ask("And that?", [BOX], **FEW)
+  assert session.turns[6] == ("user", "And that? <region3>")
   assert mention_the_only("this?", [1, 2]) == "this?"
   assert mention_the_only("Is <region1> red?", [2]) == "Is <region1> red?"
 
 
-def test_added_regions_wait_for_a_mention(chat):
+@pytest.mark.parametrize("added", [[BOX], [BOX, POINT]])
+def test_added_regions_wait_for_a_mention(chat, added):
+  """Even a single one is in no question but those that mention it."""
   session = chat.start(PICTURE)
-  assert session.add([BOX, POINT]) == [1, 2]
+  assert session.add(added) == list(range(1, len(added) + 1))
   session.ask("How many?", **FEW)
   assert session.turns[0] == ("user", "How many?")
-  session.ask("What is <region2>?", **FEW)
-  assert session._conversation.prompt.region_slots == (1,)
+  session.ask("What is this?", [POLYGON], **FEW)
+  assert session.turns[2] == ("user", f"What is this? <region{len(added) + 1}>")
+  session.ask(f"What is <region{len(added)}>?", **FEW)
+  assert session._conversation.prompt.region_slots == (len(added), len(added) - 1)
 
 
 def test_special_text_stays_text(chat):
@@ -180,6 +220,16 @@ def test_answers_carry_their_regions(chat):
   assert answer.text == text == str(answer)
   assert answer.regions == (Region.box(0.1, 0.2, 0.5, 0.6), Region.point(0.9, 0.1))
   assert [text[a:b] for a, b in answer.spans] == ["[0.10, 0.20, 0.50, 0.60]", "[0.90, 0.10]"]
+  (refused,) = answer.refused
+  assert (text[refused.start : refused.end], refused.reason) == ("[3, 4]", "outside")
+
+
+def test_answers_tell_of_an_inverted_box(chat):
+  text = "at [0.50, 0.20, 0.10, 0.60]"
+  ids = (*chat.tokenizer.encode_text(text), chat.tokenizer.eos_id)
+  answer = chat.answer(Generation(ids, text, "stop"), (64, 48))
+  assert answer.regions == answer.spans == ()
+  assert [(r.start, r.end, r.reason) for r in answer.refused] == [(3, len(text), "inverted")]
 
 
 def test_images_come_in_any_form(tmp_path, chat):
@@ -196,6 +246,28 @@ def test_images_come_in_any_form(tmp_path, chat):
       chat.start(wrong)
 
 
+@pytest.mark.parametrize("kind", ["RGBA", "I;16"])
+def test_a_file_and_its_pil_image_have_the_same_pixels(tmp_path, kind):
+  """Transparency lies on white and 16 bits are scaled, in both."""
+  rng = np.random.default_rng(0)
+  if kind == "RGBA":
+    image = Image.fromarray(rng.integers(0, 256, (9, 7, 4), np.uint8))
+  else:
+    image = Image.fromarray(rng.integers(0, 65536, (9, 7), np.uint16))
+  path = tmp_path / "picture.png"
+  image.save(path)
+  want = read_image(path)
+  if kind == "RGBA":
+    assert not np.array_equal(want, np.asarray(image)[..., :3])
+  else:
+    np.testing.assert_array_equal(want[..., 0], np.round(np.asarray(image) / 257))
+  for form in (image, Image.open(path)):
+    np.testing.assert_array_equal(read_image(form), want)
+  path.write_bytes(path.read_bytes()[:-30])
+  with pytest.raises(ImageError, match="truncated or damaged"):
+    read_image(Image.open(path))
+
+
 def test_no_image_and_two_images(chat):
   assert isinstance(chat.ask(None, "Hello?", **FEW).text, str)
   two = chat.start([PICTURE, PICTURE[::-1]])
@@ -203,6 +275,39 @@ def test_no_image_and_two_images(chat):
   prompt = two._conversation.prompt
   assert prompt.image_slots == (0, 1)
   assert prompt.region_slots == (0, 1)
+
+
+@pytest.mark.parametrize(
+  ("pieces", "written"),
+  [(("#", "#", "#"), ""), (("##", "#"), ""), (("##", "##"), "\n###")],
+  ids=["single", "two and one", "one too many"],
+)
+def test_a_stop_in_other_pieces_ends_the_answer(make_chain_chat, pieces, written):
+  """vicuna_v0 stops at the text "###", whose usual token is none of these."""
+  chat = make_chain_chat(["x", "y", *pieces])
+  ids = tuple(i for piece in ("x", "y", *pieces) for i in chat.tokenizer.encode_text(piece))
+  session = chat.start()
+  parts = list(session.stream("Hello?", max_new_tokens=12))
+  assert all(b.text.startswith(a.text) for a, b in itertools.pairwise(parts))
+  answer = parts[-1]
+  assert (answer.text, answer.ids, answer.finish) == ("xy", ids, "stop")
+  before = session.ids
+  assert before[-len(ids) :] == ids
+  assert session.ask("Why?", max_new_tokens=12) == answer
+  assert session.ids[: len(before)] == before
+  more = chat.tokenizer.decode(session.ids[len(before) : -len(ids)])
+  assert more == f"{written} Human: Why?\n### Assistant:"
+  assert chat.ask_many([Question(None, "Hello?")], max_new_tokens=12) == [answer]
+
+
+def test_coordinates_must_fit_the_resize_rule(chat):
+  config = dataclasses.replace(
+    chat.config,
+    prompt=dataclasses.replace(chat.config.prompt, coordinates="pixels_resized"),
+    data=dataclasses.replace(chat.config.data, resize="letterbox"),
+  )
+  with pytest.raises(ConfigError, match="pixels_resized"):
+    RegionChat(config, {}, chat.tokenizer)
 
 
 def test_the_public_names(release_folder):

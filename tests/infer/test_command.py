@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 from regionjax import cli
+from regionjax.infer.chat import RegionChat
+from regionjax.infer.command import show_regions
+from regionjax.infer.engine import Generation
 from regionjax.infer.regions_input import parse_region, read_mask
 from regionjax.regions import Region, RegionError
 
@@ -42,8 +45,33 @@ def test_questions_are_answered(release_folder, picture, tmp_path, capsys):
   assert Image.open(card).size[0] > 600
 
 
-def test_a_lone_region_needs_no_mention(release_folder, picture, capsys):
-  assert chat_line(release_folder, picture, "--point", "5,5", "--ask", "What is this?") == 0
+@pytest.mark.parametrize(
+  ("asked", "printed"),
+  [
+    (["What is this?"], ["What is this? <region1>"]),
+    (["What is this?", "And its colour?"], ["What is this? <region1>", "And its colour?"]),
+    (["How many objects?", "What is <region1>?"], ["How many objects?", "What is <region1>?"]),
+    (["What is <region1>?", "How many?"], ["What is <region1>?", "How many?"]),
+  ],
+)
+def test_a_lone_region_that_no_question_mentions(
+  asked, printed, release_folder, picture, capsys, monkeypatch
+):
+  """The first question gets it, and what is printed is what the model was asked."""
+  sessions = []
+  start = RegionChat.start
+  monkeypatch.setattr(
+    RegionChat, "start", lambda *args: sessions.append(start(*args)) or sessions[-1]
+  )
+  words = [word for text in asked for word in ("--ask", text)]
+  assert chat_line(release_folder, picture, "--point", "5,5", *words) == 0
+  out = capsys.readouterr().out
+  assert [line[2:] for line in out.splitlines() if line.startswith("> ")] == printed
+  (session,) = sessions
+  assert [text for role, text in session.turns if role == "user"] == printed
+
+
+def test_a_question_needs_no_region(release_folder, picture):
   assert chat_line(release_folder, picture, "--ask", "How many?") == 0
 
 
@@ -118,7 +146,12 @@ BAD = {
   "mask of another size": (["{image}", "--mask", "{dir}/small.png", *ASK], "8x8 pixels, the image"),
   "empty mask": (["{image}", "--mask", "{dir}/black.png", *ASK], "no pixel is inside"),
   "mask bomb": (["{image}", "--mask", "{dir}/bomb.png", *ASK], "pixels"),
-  "mask of text": (["{image}", "--mask", "{dir}/text.jpg", *ASK], "not a readable picture"),
+  "mask of text": (["{image}", "--mask", "{dir}/text.jpg", *ASK], "aren't a readable image"),
+  "mask of an unread format": (["{image}", "--mask", "{dir}/mask.eps", *ASK],
+                               "aren't a readable image"),
+  "truncated mask": (["{image}", "--mask", "{dir}/cut.png", *ASK], "truncated or damaged"),
+  "floating mask": (["{image}", "--mask", "{dir}/float.tiff", *ASK], "floating-point"),
+  "endless mention": (["{image}", "--ask", "What is <region{many}>?"], "no region was given"),
   "temperature": (["{image}", "--temperature", "-1", "--ask", "How many?"], "temperature -1.0"),
   "top-p": (["{image}", "--top-p", "0", "--ask", "How many?"], "top_p 0.0"),
   "tokens": (["{image}", "--max-new-tokens", "0", "--ask", "How many?"], "at least 1"),
@@ -138,9 +171,14 @@ def test_bad_input_exits_with_2_and_writes_nothing(case, release_folder, picture
   (tmp_path / "text.jpg").write_text("hello")
   Image.new("L", (8, 8), 255).save(tmp_path / "small.png")
   Image.new("L", SIZE, 0).save(tmp_path / "black.png")
+  Image.new("L", SIZE, 255).save(tmp_path / "mask.eps")
+  Image.new("F", SIZE, 1.0).save(tmp_path / "float.tiff")
+  noise = np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0]), np.uint8)
+  Image.fromarray(noise).save(tmp_path / "cut.png")
+  (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:1000])
   before = sorted(tmp_path.rglob("*"))
   words, message = BAD[case]
-  words = [w.format(dir=tmp_path, image=picture) for w in words]
+  words = [w.format(dir=tmp_path, image=picture, many="1" * 5000) for w in words]
   if "--save" not in words:
     words += ["--save", str(tmp_path / "card.png")]
   assert chat_line(release_folder, *words) == 2
@@ -173,6 +211,8 @@ def test_masks_from_pictures(tmp_path):
     "grey": Image.fromarray((200 * inside + 20).astype(np.uint8)),
     "ones": Image.fromarray(inside.astype(np.uint8)),
     "bits": Image.fromarray(inside),
+    "sixteen bits": Image.fromarray((40000 * inside + 300).astype(np.uint16)),
+    "sixteen bits of ones": Image.fromarray(inside.astype(np.uint16)),
     "palette": palette,
     "colour": Image.fromarray(np.repeat((255 * inside).astype(np.uint8)[..., None], 3, axis=2)),
   }
@@ -180,3 +220,38 @@ def test_masks_from_pictures(tmp_path):
     path = tmp_path / f"{name}.png"
     picture.save(path)
     np.testing.assert_array_equal(read_mask(path, size=SIZE).rasterize(*inside.shape), inside, name)
+
+
+def test_a_mask_is_upright_like_its_image(tmp_path):
+  """A phone's picture and the mask painted on it carry the same orientation."""
+  inside = np.zeros((SIZE[1], SIZE[0]), bool)
+  inside[10:30, 20:50] = True
+  exif = Image.Exif()
+  exif[0x0112] = 6  # "rotate 90 degrees clockwise to show it upright"
+  path = tmp_path / "mask.png"
+  Image.fromarray(np.rot90(255 * inside).astype(np.uint8)).save(path, exif=exif)
+  np.testing.assert_array_equal(read_mask(path, size=SIZE).rasterize(*inside.shape), inside)
+
+
+def test_a_palette_may_be_transparent(tmp_path):
+  inside = np.zeros((SIZE[1], SIZE[0]), bool)
+  inside[10:30, 20:50] = True
+  palette = Image.fromarray(np.where(inside, 2, 1).astype(np.uint8)).convert("P")
+  palette.putdata(np.where(inside, 2, 1).ravel().tolist())
+  palette.save(tmp_path / "mask.png", transparency=1)
+  mask = read_mask(tmp_path / "mask.png", size=SIZE)
+  np.testing.assert_array_equal(mask.rasterize(*inside.shape), inside)
+
+
+def test_faulty_boxes_of_an_answer_are_shown(make_chat, capsys):
+  """An inverted box would vanish else."""
+  text = "[0.90, 0.20, 0.10, 0.40]"
+  chat = make_chat("pool")
+  ids = (*chat.tokenizer.encode_text(text), chat.tokenizer.eos_id)
+  show_regions(chat.answer(Generation(ids, text, "stop"), SIZE), SIZE)
+  out = capsys.readouterr().out
+  assert out == f"  = {text} is no region (its corners are the wrong way round)\n"
+  text = "[0.25, 0.25, 0.50, 0.50]"
+  ids = (*chat.tokenizer.encode_text(text), chat.tokenizer.eos_id)
+  show_regions(chat.answer(Generation(ids, text, "stop"), SIZE), SIZE)
+  assert capsys.readouterr().out == "  = box 16,12,32,24\n"

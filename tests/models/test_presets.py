@@ -40,6 +40,23 @@ def test_chatspot_has_no_region_module_and_the_same_vocabulary():
   assert param_shapes(config)["decoder"]["embed"]["embedding"].shape == (32_006, 4096)
 
 
+PUBLISHED = (ModelConfig.gpt4roi_7b, ModelConfig.gpt4roi_13b, ModelConfig.chatspot_7b)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED, ids=lambda preset: preset.__name__)
+def test_published_presets_compute_in_bfloat16_and_know_their_flops(preset):
+  config = preset()
+  assert config.compute_dtype == "bfloat16"
+  counts, tokens = count_params(config), 600
+  language = 6 * counts["decoder"] * tokens  # forward and backward, 6 per weight and token
+  ours = config.flops_per_example(tokens=tokens, images=1, regions=4)
+  # One image's vision tower and region module add a quarter at most; a table of embeddings, which
+  # is among the weights, multiplies nothing.
+  assert 0.98 * language < ours < (1.3 if "regions" in counts else 1.05) * language
+  forward = config.flops_per_example(tokens=tokens, images=1, regions=4, training=False)
+  assert 2.9 * forward < ours <= 3 * forward  # pixels and coordinates get no gradient
+
+
 def test_padding_rows_are_counted():
   config = ModelConfig.gpt4roi_7b()
   padded = dataclasses.replace(config.decoder, vocab_multiple=256)

@@ -84,7 +84,7 @@ def relative(a, b) -> float:
 def golden():
   with np.load(GOLDEN) as z:
     data = dict(z)
-  encoder = PyramidEncoder(config=CONFIG, out_width=4096, grid=(16, 16))
+  encoder = PyramidEncoder(config=CONFIG, in_width=128, out_width=4096, grid=(16, 16))
   variables = golden_params(CONFIG, channels=128, out_width=4096)
   # Two rows of one image each.
   hidden = [jnp.asarray(data[f"features_{l}"])[:, None] for l in range(4)]
@@ -193,7 +193,7 @@ def test_published_parameter_counts():
 
 SMALL = ModelConfig(
   name="small",
-  vision=VisionConfig(image_size=(32, 48), patch_size=8, width=24, layers=3),
+  vision=VisionConfig(image_size=(32, 48), patch_size=8, width=24, layers=3, heads=2),
   region=RegionConfig(
     layers=(1, 3), width=16, output_size=3, sampling_ratio=1, upsample=(2, 1), rounds=2,
     groups=4, position_width=8, token_width=20,

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from regionjax.ops import mlp, norms
 
@@ -41,3 +42,12 @@ def test_norm_statistics_are_float32():
   want = exact / np.sqrt((exact**2).mean(-1, keepdims=True))
   ours = norms.rms_norm(x, jnp.ones(256), eps=1e-6)
   np.testing.assert_allclose(np.asarray(ours, np.float64), want, atol=0.01)
+
+
+def test_group_norm_is_torchs():
+  x, scale, bias = draw(2, 3, 4, 8), draw(8, seed=1), draw(8, seed=2)
+  theirs = torch.nn.functional.group_norm(
+    torch.tensor(x).permute(0, 3, 1, 2), 4, torch.tensor(scale), torch.tensor(bias), eps=1e-5
+  ).permute(0, 2, 3, 1)
+  ours = norms.group_norm(jnp.asarray(x), scale, bias, groups=4, eps=1e-5)
+  np.testing.assert_allclose(ours, theirs, atol=1e-5)

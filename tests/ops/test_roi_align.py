@@ -163,6 +163,41 @@ def test_invalid_rows_are_zero_and_send_no_gradient(implementation):
   assert abs(grad.sum() - 2 * 2 * 4) < 1e-4  # an inner box's bins are means: weights sum to 1
 
 
+@implementations
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_invalid_rows_are_zero_whatever_the_features(implementation, poison):
+  rng = np.random.default_rng(5)
+  clean = rng.standard_normal((1, 2, 6, 6, 3), dtype=np.float32)
+  features = clean.copy()
+  features[0, 0, 0, 0] = poison  # the cell that invalid boxes are pointed at
+  features[0, 1, 3, 3] = poison
+  box = [0.1, 0.2, 0.9, 0.8]
+  boxes = np.array([[[0, 0, 0.5, 0.5], box, box, [np.nan] * 4]], np.float32)
+  valid, image = jnp.array([[False, False, True, True]]), jnp.array([[0, 1, 2, 0]])
+
+  def run(x):
+    return roi_align(
+      x, boxes, output_size=2, sampling_ratio=2, box_image=image, valid=valid,
+      implementation=implementation,
+    )  # fmt: skip
+
+  out, transpose = jax.vjp(run, jnp.asarray(features))
+  assert np.all(np.asarray(out) == 0)
+  assert np.all(np.asarray(transpose(jnp.full_like(out, jnp.nan))[0]) == 0)
+
+
+def test_gather_reads_no_other_image():
+  """The docstring's other half: einsum multiplies the other images of a row by zero."""
+  features = np.ones((1, 2, 6, 6, 3), np.float32)
+  features[0, 1] = np.nan
+  boxes, image = jnp.array([[[0.1, 0.2, 0.9, 0.8]] * 2]), jnp.array([[0, 1]])
+  out = roi_align(
+    features, boxes, output_size=2, sampling_ratio=2, box_image=image, implementation="gather"
+  )
+  np.testing.assert_allclose(out[0, 0], 1.0, rtol=1e-6)
+  assert np.all(np.isnan(out[0, 1]))
+
+
 @both
 def test_constants_ramps_shifts_and_huge_boxes(implementation):
   run = functools.partial(roi_align, output_size=4, sampling_ratio=2, implementation=implementation)

@@ -54,17 +54,6 @@ def test_merged_patches_are_squares_side_by_side():
     tokens.merge_patches(x, 4)
 
 
-def test_halving_conv_is_torchs_with_zeros_after():
-  rng = np.random.default_rng(0)
-  x, kernel, bias = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 6, 3), (3, 3, 3, 5), 5))
-  theirs = torch.nn.functional.conv2d(
-    torch.nn.functional.pad(torch.tensor(x).permute(0, 3, 1, 2), (0, 1, 0, 1)),
-    torch.tensor(kernel).permute(3, 2, 0, 1), torch.tensor(bias), stride=2,
-  )  # fmt: skip
-  ours = tokens.halving_conv(jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(bias))
-  np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
-
-
 def by_hand(x, slots, features):
   out = np.array(x)
   for b in range(len(x)):

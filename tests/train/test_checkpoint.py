@@ -142,9 +142,23 @@ def test_changed_numbers_are_noticed(folder, like, messages, monkeypatch):
 def test_all_damaged_is_an_error(folder, like, messages):
   for step in ("2", "3"):
     (folder / "checkpoints" / step / "record" / "metadata").unlink()
-  with pytest.raises(CheckpointError, match=r"no checkpoint .* can be read \(tried steps 2, 3\)"):
+  said = r"no checkpoint .* can be read \(damaged: steps 2, 3\); .* delete .*damaged to start anew"
+  for _ in range(2):  # a second try must not take the emptied folder for a new one
+    with pytest.raises(CheckpointError, match=said):
+      reopen(folder, messages).restore_latest(like)
+    assert len(messages) == 2
+  shutil.rmtree(folder / "damaged")
+  assert reopen(folder, messages).restore_latest(like) is None
+
+
+def test_a_damaged_checkpoint_can_be_put_back(folder, like, messages):
+  for step in ("2", "3"):
+    (folder / "checkpoints" / step / "record" / "metadata").rename(folder / step)
+  with pytest.raises(CheckpointError):
     reopen(folder, messages).restore_latest(like)
-  assert len(messages) == 2
+  (folder / "damaged" / "2").rename(folder / "checkpoints" / "2")
+  (folder / "2").rename(folder / "checkpoints" / "2" / "record" / "metadata")
+  assert reopen(folder, messages).restore_latest(like)[1] == {"n": 2}
 
 
 def test_an_unfinished_write_is_not_a_checkpoint(folder, like, messages):
@@ -166,16 +180,26 @@ def test_the_best_is_kept_apart(folder, state, like, messages, bits):
   assert messages[-1].startswith("the best checkpoint (step 10) cannot be read")
 
 
-def test_a_best_checkpoint_of_steps_that_will_be_repeated_is_forgotten(
-  folder, state, like, messages, bits
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_best_checkpoint_of_steps_that_are_repeated_gives_way(
+  anew, folder, state, like, messages, bits
 ):
+  """The run goes on from step 3, or from nothing, in a folder with a best checkpoint of step 5."""
+  if anew:
+    shutil.rmtree(folder / "checkpoints")
   checkpoints = reopen(folder, messages)
   checkpoints.save_best(5, {"w": state["a"]}, {})
   checkpoints.close()
   checkpoints = reopen(folder, messages)
-  assert checkpoints.restore_latest(like)[1] == {"n": 3}
-  checkpoints.save_best(4, {"w": state["a"] + 1}, {})
-  assert bits(checkpoints.restore_best(4, {"w": like["a"]})) == bits({"w": state["a"] + 1})
+  restored = checkpoints.restore_latest(like)
+  assert restored is None if anew else restored[1] == {"n": 3}
+  best = checkpoints.restore_best(5, {"w": like["a"]})
+  assert bits(best) == bits({"w": state["a"]}), "an export only reads: nothing is deleted yet"
+  for change in (1, 2):  # the same step found again may hold other numbers
+    checkpoints.save_best(4, {"w": state["a"] + change}, {})
+    best = checkpoints.restore_best(4, {"w": like["a"]})
+    assert bits(best) == bits({"w": state["a"] + change})
+  assert [p.name for p in (folder / "best").iterdir()] == ["4"]
 
 
 def test_checksum_sees_every_bit_and_place(state):

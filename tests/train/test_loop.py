@@ -3,23 +3,34 @@
 import dataclasses
 import io
 import json
+import re
+import shutil
 import signal
+import struct
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
-from regionjax.config import ConfigError, RegionConfig
+from regionjax.config import ConfigError, RegionConfig, SourceConfig
 from regionjax.data.errors import DataError
 from regionjax.mesh import make_mesh
+from regionjax.ops.tokens import resize_positions
+from regionjax.tokenizer import load_tokenizer
 from regionjax.train import loop
 from regionjax.train import workdir as workdirs
+from regionjax.train.checkpoint import CheckpointError
 from regionjax.train.finish import export_workdir
 from regionjax.train.metrics import read_metrics
 from regionjax.train.progress import Progress
-from regionjax.train.start import model_functions, starting_params
+from regionjax.train.start import create_state, model_functions, start, starting_params
 from regionjax.train.state import flatten_paths
+from regionjax.weights import release
 
+ROOT = Path(__file__).parents[2]
+PHOTOS = ROOT / "tests" / "data" / "photos"
 TIMES = ("elapsed", "seconds", "tokens_per_second", "examples_per_second", "seconds_per_step",
          "data_wait", "mfu")  # fmt: skip
 
@@ -77,6 +88,42 @@ def checkpoint(workdir, step):
   record = json.loads((folder / "record" / "metadata").read_text())
   leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, record
+
+
+def by_place(arrays):
+  """{"['trainable']['a']['b']": leaf} -> {('trainable', 'a', 'b'): leaf}."""
+  return {tuple(re.findall(r"\['(\w+)'\]", key)): leaf for key, leaf in arrays.items()}
+
+
+def contents(folder):
+  """Everything under a folder: path -> bytes, None for folders."""
+  return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def tensorboard_scalars(folder):
+  """{(name, step): value} of all event files: records of length, checksum, event, checksum."""
+  found = {}
+  for path in folder.iterdir():
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+      (size,) = struct.unpack_from("<Q", data, at)
+      event = Event.FromString(data[at + 12 : at + 12 + size])
+      found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+      at += 16 + size
+  return found
+
+
+def with_train(config, **changes):
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def start_from(config, folder):
+  """What `starting_params` takes from a release for a config, and what it says."""
+  config = with_train(config, init_from=str(folder))
+  tokenizer = load_tokenizer("tiny")
+  said = []
+  shapes = jax.eval_shape(model_functions(config, tokenizer)[1], jax.random.key(0))
+  return starting_params(config, shapes, tokenizer, log=said.append), said
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +188,26 @@ def test_what_a_run_logs(runs):
   assert train[-1]["tokens_per_second"] > 0 and 0 <= train[-1]["data_wait"] <= 1
   assert evals[0]["answers"] == 6
   assert set(evals[0]["by_reference"]) <= {"none", "mixed", "box", "point", "polygon", "mask"}
+  shown = tensorboard_scalars(runs["folder"] / "straight" / "tensorboard")
+  for row in train:
+    assert shown["train/loss", row["step"]] == pytest.approx(row["loss"], rel=1e-6)
+  for row in evals:
+    assert shown["eval/loss", row["step"]] == pytest.approx(row["loss"], rel=1e-6)
+    assert shown["eval/accuracy", row["step"]] == pytest.approx(row["accuracy"], rel=1e-6)
+
+
+def test_the_progress_line(runs):
+  lines = [line for line in runs["text"].splitlines() if line.startswith("step 8/12")]
+  rows = read_metrics(runs["folder"] / "parts" / "metrics.jsonl")
+  (loss,) = (row["loss"] for row in rows if row["kind"] == "train" and row["step"] == 8)
+  (line,) = lines
+  number, time = r"\d+(\.\d+)?(e[+-]\d+)?[kMG]?", r"\d+(:\d\d)+"
+  form = rf"loss {loss:.4f}  {number} tok/s  {number} ex/s  MFU \d+%  ETA {time}"
+  assert re.fullmatch(f"step 8/12  67%  {form}", line), line
+  assert re.search(r"^step 6: evaluation loss \d+\.\d{4}, exact match ", runs["text"], re.M)
 
 
 def test_what_a_run_leaves_behind(runs):
-  from regionjax.weights import release
-
   workdir, config = runs["folder"] / "straight", runs["config"]
   summary = json.loads((workdir / "summary.json").read_text())
   assert summary == runs["straight"].summary
@@ -155,6 +217,22 @@ def test_what_a_run_leaves_behind(runs):
   assert summary["tokens"]["image"] == summary["images"] * config.model.image_tokens
   assert summary["tokens"]["llm"] > summary["tokens"]["image"] + summary["tokens"]["region"]
   assert summary["versions"]["jax"] == jax.__version__
+  assert summary["seeds"] == {"train": config.train.seed, "data": config.data.seed}
+  rows = read_metrics(workdir / "metrics.jsonl")
+  train = [row for row in rows if row["kind"] == "train"]
+  evals = [row for row in rows if row["kind"] == "eval"]
+  best = min(evals, key=lambda row: row["loss"])
+  assert summary["loss"] == {
+    "train": train[-1]["loss"],
+    "evaluation": evals[-1]["loss"],
+    "best": {"step": best["step"], "loss": best["loss"]},
+  }
+  if (ROOT / ".git").exists():
+    assert re.fullmatch("[0-9a-f]{40}", summary["git"]["hash"])
+    assert isinstance(summary["git"]["changed"], bool)
+  else:
+    assert summary["git"] is None
+  assert summary["data"]["rows"] == 12 * config.data.rows and summary["data"]["sources"] == []
   assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
   assert (workdir / "release" / "README.md").read_text().startswith("# micro\n")
   saved, params, _ = release.load(workdir / "release")
@@ -181,39 +259,93 @@ def test_a_release_can_be_made_from_a_stopped_run(runs, tmp_path):
 
 
 def test_training_can_start_from_a_release(runs, micro):
-  from regionjax.tokenizer import load_tokenizer
-  from regionjax.weights import release
-
-  folder = str(runs["folder"] / "straight" / "release")
-  tokenizer = load_tokenizer("tiny")
-  config = dataclasses.replace(micro, train=dataclasses.replace(micro.train, init_from=folder))
-
-  def start_from(config):
-    said = []
-    shapes = jax.eval_shape(model_functions(config, tokenizer)[1], jax.random.key(0))
-    return starting_params(config, shapes, tokenizer, log=said.append), said
-
-  given, said = start_from(config)
+  folder = runs["folder"] / "straight" / "release"
+  given, said = start_from(micro, folder)
   theirs = flatten_paths(release.load(folder)[1])
   assert flatten_paths(given).keys() == theirs.keys() and said == []
-  model = config.model
+  model = micro.model
   without = dataclasses.replace(model, region=dataclasses.replace(model.region, kind="text"))
-  given, said = start_from(dataclasses.replace(config, model=without))
+  given, said = start_from(dataclasses.replace(micro, model=without), folder)
   assert set(given) == {"vision", "connector", "decoder"}
   assert said == [f"train.init_from={folder}: of the release not used: regions/.*"]
   pyramid = dataclasses.replace(
     RegionConfig.tiny("pyramid"), layers=(1, 1, 1, 1), width=16, position_width=16
   )
   given, said = start_from(
-    dataclasses.replace(config, model=dataclasses.replace(model, region=pyramid))
+    dataclasses.replace(micro, model=dataclasses.replace(model, region=pyramid)), folder
   )
   assert set(given) == {"vision", "connector", "decoder"}
   assert said[0].endswith("not in the release, starts fresh: regions/.*") and len(said) == 2
   wider = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, mlp_width=64))
   with pytest.raises(ConfigError) as caught:
-    start_from(dataclasses.replace(config, model=wider))
+    start_from(dataclasses.replace(micro, model=wider), folder)
   listed = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]]
   assert listed == [f"decoder/layers/{name}/kernel" for name in ("down", "gate", "up")]
+
+
+def test_a_release_starts_training_on_images_of_another_size(runs, micro, tmp_path):
+  def sized(height, width):
+    vision = dataclasses.replace(micro.model.vision, image_size=(height, width))
+    return dataclasses.replace(micro, model=dataclasses.replace(micro.model, vision=vision))
+
+  square = runs["folder"] / "straight" / "release"
+  given, said = start_from(sized(64, 32), square)
+  theirs = release.load(square)[1]
+  expected = resize_positions(theirs["vision"]["positions"], (2, 2), (4, 2))
+  np.testing.assert_array_equal(given["vision"]["positions"], expected)
+  assert said == [
+    f"train.init_from={square}: vision/positions resampled from 2x2 patches (images of 32x32 "
+    "pixels) to 4x2 (64x32)"
+  ]
+  theirs, flat = flatten_paths(theirs), flatten_paths(given)
+  assert flat.keys() == theirs.keys()
+  for path in flat.keys() - {"vision/positions"}:
+    np.testing.assert_array_equal(flat[path], theirs[path], err_msg=path)
+
+  tall = release.save(tmp_path / "tall", sized(64, 32), given, load_tokenizer("tiny"), "")
+  again, said = start_from(sized(32, 64), tall)  # as many patches, elsewhere
+  expected = resize_positions(given["vision"]["positions"], (4, 2), (2, 4))
+  np.testing.assert_array_equal(again["vision"]["positions"], expected)
+  assert len(said) == 1 and "from 4x2 patches" in said[0]
+
+
+def test_training_in_stages(micro, tmp_path):
+  """First the region encoder alone, then all of the model from what that gave."""
+  config = with_train(micro, trainable=("regions/.*",), steps=3, eval_every=0, save_every=0)
+  key = jax.random.key(config.train.seed)
+  fresh = flatten_paths(create_state(config, load_tokenizer("tiny"), key).params)
+  run(config, tmp_path / "one")
+  saved = by_place(checkpoint(tmp_path / "one", 3)[0])
+  frozen = {"/".join(place[1:]): leaf for place, leaf in saved.items() if place[0] == "frozen"}
+  assert {path.split("/")[0] for path in frozen} == {"vision", "connector", "decoder"}
+  for path, leaf in frozen.items():
+    assert leaf.tobytes() == np.asarray(fresh[path]).tobytes(), path
+  trained = {"/".join(place[1:]): leaf for place, leaf in saved.items() if place[0] == "trainable"}
+  assert trained.keys() | frozen.keys() == fresh.keys()
+  moved = [path for path, leaf in trained.items() if not np.array_equal(leaf, fresh[path])]
+  assert len(moved) > len(trained) / 2
+  moments = [place for place in saved if {"mu", "nu"} & set(place)]
+  assert len(moments) == 2 * len(trained) and all("regions" in place for place in moments)
+
+  folder = tmp_path / "one" / "release"
+  given = flatten_paths(release.load(folder)[1])
+  for path, leaf in (trained | frozen).items():
+    np.testing.assert_array_equal(given[path], leaf.astype(given[path].dtype), err_msg=path)
+  config = with_train(micro, init_from=str(folder), eval_every=0)
+  workdirs.register(tmp_path / "two", config)
+  # Killed in its first write: no checkpoint, so that the release is where it starts.
+  (tmp_path / "two" / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir(parents=True)
+  begun = start(config, tmp_path / "two", mesh=make_mesh(devices=jax.devices()[:1]))
+  assert not begun.state.frozen
+  for path, leaf in flatten_paths(begun.state.trainable).items():
+    np.testing.assert_array_equal(leaf, given[path].astype(np.float32), err_msg=path)
+  begun.checkpoints.close()
+  begun.lock.close()
+  assert run(config, tmp_path / "two").finished
+  saved = by_place(checkpoint(tmp_path / "two", 12)[0])
+  for part in ("vision", "connector", "regions", "decoder"):
+    ours = {place: leaf for place, leaf in saved.items() if place[:2] == ("trainable", part)}
+    assert any((leaf != given["/".join(place[1:])]).any() for place, leaf in ours.items()), part
 
 
 def test_a_run_of_another_config_is_refused(runs):
@@ -274,9 +406,63 @@ def test_a_time_limit_ends_the_schedule(micro, tmp_path):
   assert "not reproducible" in (tmp_path / "release" / "README.md").read_text()
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
-  held = workdirs.lock(tmp_path)
-  with pytest.raises(ConfigError, match="in use by another process"):
-    workdirs.lock(tmp_path)
+def test_a_folder_in_use_is_refused_and_left_as_it_is(runs):
+  workdir = runs["folder"] / "straight"
+  config = with_train(runs["config"], eval_every=0, log_every=5)  # both may change
+  before = contents(workdir)
+  held = workdirs.lock(workdir)
+  for _ in range(2):
+    with pytest.raises(ConfigError, match="in use by another process"):
+      run(config, workdir)
+    assert contents(workdir) == before
   held.close()
+  workdirs.lock(workdir).close()
+
+
+def test_a_lock_makes_no_folder_full(micro, tmp_path):
   workdirs.lock(tmp_path).close()
+  assert [p.name for p in tmp_path.iterdir()] == [workdirs.LOCK]
+  assert workdirs.check(tmp_path, micro) is False
+  (tmp_path / "photo.jpg").write_text("x")
+  with pytest.raises(ConfigError, match="is not empty and holds no run"):
+    workdirs.check(tmp_path, micro)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_without_readable_checkpoints_never_starts_anew_by_itself(runs, tmp_path):
+  workdir = shutil.copytree(runs["folder"] / "straight", tmp_path / "run")
+  config = with_train(runs["config"], eval_every=0)
+  for record in (workdir / "checkpoints").glob("*/record/metadata"):
+    record.unlink()
+  metrics = (workdir / "metrics.jsonl").read_bytes()
+  for _ in range(2):
+    with pytest.raises(CheckpointError) as caught:
+      run(config, workdir)
+    assert re.search("steps 6, 12.*name another --workdir, or delete", str(caught.value))
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    workdirs.lock(workdir).close()  # free, though `caught` keeps the frames that took it
+
+
+def test_what_is_wrong_with_a_file_of_boxes_is_reported(micro, tmp_path):
+  data = json.loads((PHOTOS / "annotations.json").read_text())
+  boxes = len(data["annotations"])
+  data["images"].append({"id": 99, "file_name": "gone.jpg", "width": 60, "height": 40})
+  data["annotations"].append(data["annotations"][0] | {"id": 999, "bbox": [5, 5, 0, 10]})
+  annotations = tmp_path / "boxes.json"
+  annotations.write_text(json.dumps(data))
+  args = {"annotations": str(annotations), "images": str(PHOTOS), "max_regions": 3}
+  sources = (SourceConfig("coco", args=args),)
+  config = dataclasses.replace(micro, data=dataclasses.replace(micro.data, sources=sources))
+  reports = Watched()
+  run(with_train(config, eval_every=0, save_every=0), tmp_path / "run", reports)
+  (told,) = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]["sources"]
+  table = told.pop("text")
+  assert told.pop("examples") >= 8
+  assert told == {
+    "name": "coco",
+    "used": {"images": 8, "boxes": boxes},
+    "counts": {"missing image": 1, "zero-area box": 1},
+    "defects": 2,
+  }
+  assert reports.text.getvalue().count(table) == 1
+  assert "gone.jpg" in table and "annotation 999" in table

@@ -11,6 +11,7 @@ from PIL import Image
 
 from regionjax.config import ConfigError
 from regionjax.config_files import apply_overrides
+from regionjax.data.scenes_dialogue import TASKS
 from regionjax.train import workdir as workdirs
 from regionjax.train.evals import Evaluation, held_out_config
 from regionjax.train.ledger import Ledger
@@ -151,7 +152,12 @@ def test_accuracy_by_task_and_by_reference():
 
 def test_held_out_scenes_are_single_questions_of_the_test_split(micro):
   (source,) = micro.data.sources
-  assert held_out_config(source).args == {"turns": 1, "split": "test", "seed": 0}
+  args = dict(held_out_config(source).args)
+  tasks = args.pop("tasks")
+  assert args == {"turns": 1, "split": "test", "seed": 0}
+  assert set(tasks) == set(TASKS) and set(tasks.values()) == {1.0}
+  chosen = dataclasses.replace(source, args={"tasks": {"name": 3.0, "read": 1.0}})
+  assert held_out_config(chosen).args["tasks"] == {"name": 1.0, "read": 1.0}
   other = dataclasses.replace(source, name="coco", args={"images": "x"})
   assert held_out_config(other) is other
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ class CocoSource:
       is none the box serves, and its centre for a point.
 
   Attributes:
-    report: what was used and what was skipped, a printable table.
+    report: what was used and what was skipped, a printable table. `regionjax train` and `regionjax
+      evaluate` show it; the former keeps it in `summary.json`.
 
   Raises:
     DataError: an unusable file, nothing usable in it, or a defect under `strict`.
@@ -118,7 +120,13 @@ def _judge(report: Report, *, strict: bool) -> None:
       f"one.\n{report}"
     )
   if report.defects:
-    log.warning("%s", report)
+    _warn_once(f"{report.title} {report.defects} faulty records skipped or clipped; see `report`")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+  """Warns; a run opens its sources again for evaluation, and once is enough."""
+  log.warning("%s", message)
 
 
 def _note(photo: Photo, k: int, kind: str) -> dict[str, Any]:

@@ -54,7 +54,10 @@ def roi_align(
 
   Returns:
     [B, R, P, Q, C] in the dtype of `features`. Rows of boxes that are invalid or not finite are
-    zero and send zero gradient.
+    exactly zero and send zero gradient, whatever the features hold. A NaN or an infinity in an
+    image reaches its own boxes: with 'gather' the bins that read it, with 'einsum' any of them, and
+    any of the boxes of the other images in its row of the batch (their weight of it is zero, and
+    0 * NaN is NaN).
 
   Raises:
     ValueError: shapes that do not fit, or an unknown implementation.
@@ -96,7 +99,9 @@ def _roi_align(
 ) -> jax.Array:
   kw = dict(output_size=output_size, sampling_ratio=sampling_ratio)
   name = implementation or _fastest_on_cpu(features_bkhwc.shape, **kw)[0]
-  return _dispatch("forward", name, implementation, (features_bkhwc, boxes), kw)
+  out_brpqc = _dispatch("forward", name, implementation, (features_bkhwc, boxes), kw)
+  # Weights of zero are not enough: features may be NaN.
+  return jnp.where(boxes.valid_br[:, :, None, None, None], out_brpqc, 0)
 
 
 def _forward_rule(features_bkhwc, boxes, output_size, sampling_ratio, implementation):
