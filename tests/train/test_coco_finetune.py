@@ -19,7 +19,7 @@ def test_photographs_halve_the_loss_in_fifty_steps_and_chat_learns_their_labels(
   workdir = tmp_path / "run"
   where = f"annotations={PHOTOS / 'annotations.json'},images={PHOTOS}"
   code = cli.main([
-    "train", f"{ROOT / 'configs' / 'coco.py'}:{where},steps=200",
+    "train", f"{ROOT / 'configs' / 'coco.py'}:{where},steps=50",
     "--train.log_every=10", "--train.eval_every=0", "--workdir", str(workdir),
   ])  # fmt: skip
   assert code == 0
@@ -39,16 +39,18 @@ def test_photographs_halve_the_loss_in_fifty_steps_and_chat_learns_their_labels(
         x, y, x + w, y + h, size=(image["width"], image["height"]), outside="clip"
       )
       answer = chat.ask(PHOTOS / image["file_name"], "What is <region1>?", [region])
-      answers.append(answer.text)
-  assert np.mean([text in labels.values() for text in answers]) > 0.7, answers
+      answers.append((image, box, labels[box["category_id"]], answer.text))
+  assert np.mean([text in labels.values() for *_, text in answers]) > 0.5, answers
+  right = [a for a in answers if a[2] == a[3]]
+  assert len(right) > len(answers) / 3, answers  # one answer for all: 4 of 30
 
-  image, box = data["images"][0], data["annotations"][0]
+  image, box, label, _ = right[0]
   x, y, w, h = box["bbox"]
   capsys.readouterr()
   code = cli.main([
     "chat", str(PHOTOS / image["file_name"]), "--box", f"{x},{y},{x + w},{y + h}",
-    "--ask", "What is <region1>?", "--checkpoint", str(workdir / "release"),
+    "--outside", "clip", "--ask", "What is <region1>?",
+    "--checkpoint", str(workdir / "release"),
   ])  # fmt: skip
   assert code == 0
-  said = capsys.readouterr().out
-  assert any(label in said for label in labels.values()), said
+  assert label in capsys.readouterr().out
