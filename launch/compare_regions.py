@@ -35,6 +35,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from regionjax.config import Config, ConfigError, from_dict
 from regionjax.config_files import difference, load_config, read_config
@@ -45,6 +46,7 @@ from regionjax.data.stream import Rejected, encode_draw
 from regionjax.tokenizer import load_tokenizer
 from regionjax.train.evals import held_out_config
 from regionjax.train.metrics import read_metrics
+from regionjax.train.progress import short
 
 KINDS = ("pyramid", "pool", "text", "pool+text", "none")
 Cells = dict[str, list[dict[str, Any]]]  # way -> what `read_cell` gives for each seed
@@ -255,6 +257,9 @@ def plot(cells: Cells, names: Sequence[str], path: Path, *, title: str) -> None:
 
   One thin line a seed, a bold one for the mean.
   """
+  points = [row for runs in cells.values() for run in runs for n in names if n in run["curves"]
+            for row in run["curves"][n]]  # fmt: skip
+  top = min(100.0, 110 * max((accuracy for *_, accuracy in points), default=1.0) + 5)
   figure = Figure(figsize=(2.6 * len(names) + 0.6, 5.6), layout="constrained")
   FigureCanvasAgg(figure)
   figure.suptitle(title)
@@ -266,10 +271,13 @@ def plot(cells: Cells, names: Sequence[str], path: Path, *, title: str) -> None:
         curves = [np.asarray(run["curves"][name]) for run in runs if name in run["curves"]]
         _draw_curves(axes, curves, x, f"C{k}")
       axes.set(title=name if x == 0 else None, xlabel=label, xscale="log")
+      axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+      axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+      axes.xaxis.set_minor_formatter(NullFormatter())
       axes.grid(alpha=0.3)
       axes.spines[["top", "right"]].set_visible(False)
   for axes in grid[:, 0]:
-    axes.set(ylabel="exact match, %", ylim=(0, 100))
+    axes.set(ylabel="exact match, %", ylim=(0, top))
   handles = [Line2D([], [], color=f"C{k}", linewidth=2) for k in range(len(cells))]
   figure.legend(handles, list(cells), loc="outside lower center", ncols=len(cells), frameon=False)
   figure.savefig(path, dpi=110)

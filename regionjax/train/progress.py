@@ -91,7 +91,7 @@ def duration(seconds: float | None) -> str:
 
 def short(number: float) -> str:
   """1234.5 -> '1.23k'; three significant digits and a unit."""
-  for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+  for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
     if abs(number) >= size:
       return f"{number / size:.3g}{unit}"
   return f"{number:.3g}"
