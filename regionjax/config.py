@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from typing import Any, TypeVar
@@ -151,6 +152,80 @@ class RegionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies were stretched to reach further than they were first trained for.
+
+  'linear' divides all of them by `factor` (position interpolation). 'llama3' (LLaMA 3.1 and later)
+  divides those by `factor` whose wavelength exceeds `original_max_length / low_freq_factor`, keeps
+  those below `original_max_length / high_freq_factor`, and goes from one to the other in between;
+  its last three numbers mean nothing to 'linear'.
+  """
+
+  kind: str = "llama3"  # llama3 | linear
+  factor: float = 8.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_length: int = 8192  # tokens that it was first trained for
+
+  def __post_init__(self) -> None:
+    if self.kind not in ("llama3", "linear"):
+      raise ConfigError(f"rope_scaling.kind={self.kind!r}: expected llama3 or linear")
+    if self.factor <= 0:
+      raise ConfigError(f"rope_scaling.factor={self.factor}: expected a positive number")
+    if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+      raise ConfigError(
+        f"rope_scaling: low_freq_factor={self.low_freq_factor} must be positive and below "
+        f"high_freq_factor={self.high_freq_factor}"
+      )
+    if self.original_max_length < 1:
+      raise ConfigError(
+        f"rope_scaling.original_max_length={self.original_max_length}: expected at least 1 token"
+      )
+
+
+# The decoder's linear maps, by the name of their parameters: attention, then the gated MLP.
+DECODER_MAPS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank updates of the decoder's linear maps (LoRA, arXiv 2106.09685).
+
+  A targeted map x @ W becomes x @ W + x @ A @ B * alpha / rank. A starts random and B at zero, so
+  that training starts from the model without them.
+  """
+
+  rank: int = 0  # columns of A and rows of B; 0: no updates
+  alpha: float = 16.0
+  targets: str = "|".join(DECODER_MAPS)  # regex on a map's whole name, e.g. 'q|v'
+
+  def __post_init__(self) -> None:
+    if self.rank < 0:
+      raise ConfigError(f"decoder.lora.rank={self.rank}: expected 1 or more, or 0 for no LoRA")
+    if not 0 < self.alpha < float("inf"):
+      raise ConfigError(f"decoder.lora.alpha={self.alpha}: expected a positive number, e.g. 16")
+    try:
+      named = [name for name in DECODER_MAPS if re.fullmatch(self.targets, name)]
+    except re.error as error:
+      raise ConfigError(f"decoder.lora.targets={self.targets!r} is not a regex ({error})") from None
+    if not named:
+      raise ConfigError(
+        f"decoder.lora.targets={self.targets!r} matches none of {', '.join(DECODER_MAPS)}; name "
+        "maps as in 'q|v'"
+      )
+
+  @property
+  def scale(self) -> float:
+    """alpha / rank; 0 without LoRA."""
+    return self.alpha / self.rank if self.rank else 0.0
+
+  def adapts(self, name: str) -> bool:
+    """Whether `name` is a map (one of DECODER_MAPS) that has an update."""
+    targeted = name in DECODER_MAPS and re.fullmatch(self.targets, name) is not None
+    return self.rank > 0 and targeted
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
   """A LLaMA-family decoder."""
 
@@ -164,9 +239,11 @@ class DecoderConfig:
   mlp_width: int = 11008
   activation: str = "silu"  # silu | gelu | relu, inside the gated MLP
   rope_base: float = 10000.0
+  rope_scaling: RopeScaling | None = None
   eps: float = 1e-6
   tie_embeddings: bool = False
   max_length: int = 2048
+  lora: LoraConfig = LoraConfig()
 
   def __post_init__(self) -> None:
     if self.heads % self.kv_heads:
@@ -273,11 +350,12 @@ class ModelConfig:
 class PromptConfig:
   """How an Example becomes text and ids."""
 
-  template: str = "vicuna_v0"  # vicuna_v0 | vicuna_v1 | chatml | plain
+  template: str = "vicuna_v0"  # vicuna_v0 | vicuna_v1 | chatml | smollm2 | llama3 | plain
   tokenizer: str = "tiny"  # 'tiny' (shipped in the package) or a folder with tokenizer files
   added_tokens: tuple[str, ...] = ()  # appended in this order where the tokenizer's files lack them
   mention: str = "name+slot"  # name+slot: `region1 <bbox>` (GPT4RoI); slot: `<bbox>` alone
   coordinates: str = "unit3"  # a name of regions.FORMATS; unit3 is ChatSpot's `0.123`
+  coordinate_marks: str = "box"  # box: `<box>[0.123, ...]</box>` (ChatSpot); none: bare (LLaVA)
   max_vertices: int = 8  # polygons and masks written as text are simplified to this many points
   mask: str = "answer"  # answer: the answer and its stop string; gpt4roi: the original's mask
   image_prefix: str = ""  # put before the first turn's text; '{image:0}' stands for the image
@@ -309,7 +387,7 @@ class TrainConfig:
   steps: int = 1000
   seed: int = 0
   trainable: tuple[str, ...] = (".*",)  # regexes on parameter paths; the rest is frozen
-  init_from: str = ""  # a release folder to start from
+  init_from: str = ""  # a release folder to start from, or several: see train.initial
   learning_rate: float = 1e-3
   schedule: str = "cosine"  # cosine | wsd
   warmup_steps: int = 100
@@ -408,6 +486,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     return from_dict(hint, value, where + ".")
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (types.UnionType, typing.Union):
+    groups = [a for a in args if isinstance(a, type) and dataclasses.is_dataclass(a)]
+    if groups and hasattr(value, "items"):
+      return _coerce(groups[0], value, where)  # whose complaint names the wrong key
     for arg in args:
       try:
         return _coerce(arg, value, where)
@@ -420,7 +501,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
-  if hint in (int, float, str, bool):
+  if hint in (int, float, str, bool, types.NoneType):
     if type(value) is not hint:
       raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value

@@ -39,8 +39,8 @@ class Tokenizer:
     vocab_size: one more than the highest id.
     added: every added and special token's string -> id; `encode_text` never yields these ids.
     bos_id, eos_id, pad_id: -1 where the vocabulary has none (pad falls back to eos).
-    image_slot_id, im_start_id, im_end_id, region_slot_id: `<im_patch>`, `<im_start>`, `<im_end>`
-      and `<bbox>`, or -1.
+    image_slot_id, im_start_id, im_end_id, region_slot_id: `<im_patch>` (LLaVA's `<image>` where
+      there is none), `<im_start>`, `<im_end>` and `<bbox>`, or -1.
     dummy_prefix: whether a stretch of text starts with sentencepiece's extra blank.
   """
 
@@ -63,7 +63,7 @@ class Tokenizer:
     )
     if self.pad_id < 0:
       self.pad_id = self.eos_id
-    self.image_slot_id = self.added.get("<im_patch>", -1)
+    self.image_slot_id = self.added.get("<im_patch>", self.added.get("<image>", -1))
     self.im_start_id = self.added.get("<im_start>", -1)
     self.im_end_id = self.added.get("<im_end>", -1)
     self.region_slot_id = self.added.get("<bbox>", -1)
