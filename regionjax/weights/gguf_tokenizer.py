@@ -15,7 +15,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from regionjax.tokenizer_files import TokenizerError, TokenizerFiles, added_token, bpe_spec
+from regionjax.tokenizer_files import (
+  TokenizerError,
+  TokenizerFiles,
+  added_token,
+  bpe_spec,
+  find_roles,
+)
 from regionjax.weights.gguf_header import Fields
 
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # of tokenizer.ggml.token_type; 1 normal, 5 unused, 6 byte
@@ -56,8 +62,7 @@ PRE_TOKENIZERS = {
 def read_tokenizer(fields: Fields) -> TokenizerFiles:
   """The tokenizer of a GGUF file.
 
-  A role is filled only where llama.cpp uses it: a begin token that it doesn't put before a text
-  (SmolLM2's `<|im_start|>`) is no begin token.
+  A begin token that llama.cpp doesn't put before a text (SmolLM2's `<|im_start|>`) is none.
 
   Args:
     fields: the file's metadata (`GgufSource.fields`).
@@ -92,7 +97,8 @@ def read_tokenizer(fields: Fields) -> TokenizerFiles:
   for content in roles.values():  # some files call the end token a normal one
     entries.setdefault(tokens.index(content), added_token(content, tokens.index(content)))
   spec["added_tokens"] = [entries[index] for index in sorted(entries)]
-  return TokenizerFiles(spec, roles)
+  # By name what the file doesn't say, as it will be when it is read from a folder again.
+  return TokenizerFiles(spec, find_roles(spec, known=roles, begins="bos" in roles))
 
 
 def _byte_level_spec(fields: Fields, tokens: list[str], kinds: Sequence[int]) -> dict[str, Any]:

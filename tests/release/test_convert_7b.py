@@ -17,7 +17,6 @@ that it should be, bit by bit.
 import contextlib
 import importlib.util
 import json
-import lzma
 import os
 import shutil
 import subprocess
@@ -31,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sentencepiece import sentencepiece_model_pb2
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regionjax.tokenizer import GPT4ROI_TOKENS
@@ -40,7 +38,6 @@ from regionjax.weights.families import clip, gpt4roi
 from regionjax.weights.leaves import as_lazy
 
 ROOT = Path(__file__).parents[2]
-TESTS = ROOT / "tests"
 LIMIT = 3 << 30  # bytes of resident memory
 DISK = 16 << 30
 STRETCH = 2000  # random values at a time
@@ -51,9 +48,9 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def load(name: str):
-  """Another test's module: the published names stand there."""
-  path = TESTS / "weights" / f"{name}.py"
-  spec = importlib.util.spec_from_file_location(name, path)
+  """Another test's module: published names and LLaMA's vocabulary stand there."""
+  path = ROOT / "tests" / name
+  spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
@@ -125,16 +122,8 @@ def save_shards(folder: Path, kind: str, shapes: Shapes, *, count: int, limit: f
 
 
 def save_tokenizer(folder: Path) -> None:
-  text = lzma.decompress((TESTS / "data" / "llama1_vocab.txt.xz").read_bytes()).decode()
-  model = sentencepiece_model_pb2.ModelProto()
-  for i, piece in enumerate(text.split("\n")):
-    kind = 2 if i == 0 else 3 if i < 3 else 6 if i < 259 else 1  # unknown, control, byte, normal
-    model.pieces.add(piece=piece, score=min(0, 259 - i), type=kind)
-  model.trainer_spec.model_type = model.trainer_spec.BPE
-  model.trainer_spec.byte_fallback = True
-  model.normalizer_spec.name = "identity"
-  model.normalizer_spec.remove_extra_whitespaces = False
-  (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+  data = load("test_tokenizer.py").llama_model().SerializeToString()
+  (folder / "tokenizer.model").write_bytes(data)
   added = {token: ROWS + i for i, token in enumerate(GPT4ROI_TOKENS)}
   (folder / "added_tokens.json").write_text(json.dumps(added))
 
@@ -142,7 +131,7 @@ def save_tokenizer(folder: Path) -> None:
 @contextlib.contextmanager
 def made(root: Path) -> Iterator[tuple[Path, Path, Path]]:
   """(delta, base, CLIP) as folders; removed at the end."""
-  names, towers = load("test_gpt4roi"), load("test_clip")
+  names, towers = load("weights/test_gpt4roi.py"), load("weights/test_clip.py")
   delta = names.published(names.PUBLISHED)
   base = {n: s for n, s in delta.items() if "spi_module" not in n and "mm_projector" not in n}
   base |= {name: (ROWS, base[name][1]) for name in TABLES}

@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hf_folders import write_clip, write_llama, write_llava, write_tokenizer
+from hf_folders import IMAGE, write_clip, write_llama, write_llava, write_tokenizer
 from PIL import Image
 from transformers import (
   AutoTokenizer,
+  CLIPImageProcessor,
   CLIPVisionModel,
   LlamaForCausalLM,
   LlavaForConditionalGeneration,
@@ -17,6 +18,7 @@ from transformers import (
 
 import regionjax
 from regionjax.cli import main
+from regionjax.data.schema import Example, ImageRef, Turn
 from regionjax.infer.batching import GenerationError
 from regionjax.regions import Region
 from regionjax.weights import check, convert, release
@@ -109,16 +111,19 @@ def test_llava_answers_about_boxes_as_transformers_would(sources, releases, tmp_
     str(picture), "What is <region1>?", [Region.box(0.1, 0.3, 0.5, 0.7)], max_new_tokens=12
   )
   theirs = LlavaForConditionalGeneration.from_pretrained(sources["hf-llava"]).eval()
-  tokenizer = chat.tokenizer
-  text = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions. "
+  example = Example(
+    images=(ImageRef("memory", "0", (20, 40)),),
+    regions=(Region.box(0.1, 0.3, 0.5, 0.7),),
+    region_images=(0,),
+    turns=(Turn("user", "What is {region:0}?"),),
   )
-  ids = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-  ids += tokenizer.encode_text(text + "USER: ") + [tokenizer.image_slot_id] * 16
-  ids += tokenizer.encode_text("\nWhat is [0.10, 0.30, 0.50, 0.70]? ASSISTANT:")
-  from transformers import CLIPImageProcessor
-
+  ids = list(chat.renderer.prompt(example).ids)
+  assert chat.tokenizer.decode(ids) == (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. USER: "
+    + IMAGE * 16
+    + "\nWhat is [0.10, 0.30, 0.50, 0.70]? ASSISTANT:"
+  )
   processor = CLIPImageProcessor.from_pretrained(sources["hf-llava"])
   values = processor(Image.open(picture), return_tensors="pt")["pixel_values"]
   with torch.no_grad():
