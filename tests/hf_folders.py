@@ -2,6 +2,8 @@
 
 import json
 
+import gguf
+import numpy as np
 import torch
 from transformers import (
   CLIPImageProcessor,
@@ -24,6 +26,12 @@ TEXT = dict(
   num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=512,
 )  # fmt: skip
 IMAGE = "<image>"
+GGUF_NAMES = {  # of a layer, by llama.cpp; written down apart from the package's
+  "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+  "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}  # fmt: skip
 
 
 def randomised(model, seed=0):
@@ -89,3 +97,78 @@ def write_llava(folder):
   randomised(LlavaForConditionalGeneration(config)).save_pretrained(folder)
   write_processor(folder)
   return folder
+
+
+# What llama.cpp's converter writes.
+
+
+def gguf_permuted(weight, heads):
+  """What the converter does to query and key matrices."""
+  halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+  return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def gguf_tensors(model):
+  """The tensors of a LlamaForCausalLM, by their names in a GGUF file."""
+  state = {k: v.numpy() for k, v in model.state_dict().items()}
+  out = {
+    "token_embd.weight": state["model.embed_tokens.weight"],
+    "output_norm.weight": state["model.norm.weight"],
+  }
+  if not model.config.tie_word_embeddings:
+    out["output.weight"] = state["lm_head.weight"]
+  heads = {
+    "attn_q": model.config.num_attention_heads,
+    "attn_k": model.config.num_key_value_heads,
+  }
+  for i in range(model.config.num_hidden_layers):
+    for ours, theirs in GGUF_NAMES.items():
+      weight = state[f"model.layers.{i}.{theirs}.weight"]
+      weight = gguf_permuted(weight, heads[ours]) if ours in heads else weight
+      out[f"blk.{i}.{ours}.weight"] = weight
+  return out
+
+
+def write_gguf_file(path, tensors, fields, *, arch="llama"):
+  kinds = {int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY", bool: "BOOL"}
+  writer = gguf.GGUFWriter(path, arch)
+  for key, value in fields.items():
+    writer.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]])
+  for name, array in tensors.items():
+    writer.add_tensor(name, np.ascontiguousarray(array))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+def write_gguf(folder, **sizes):
+  """A .gguf with the shipped tokenizer's pieces; returns its path."""
+  folder.mkdir(parents=True, exist_ok=True)
+  spec = json.loads(load_tokenizer("tiny").to_json())
+  vocab = spec["model"]["vocab"]
+  tokens = sorted(vocab, key=vocab.get)
+  control = {t["content"] for t in spec["added_tokens"]}
+  config = LlamaConfig(**(TEXT | {"vocab_size": len(tokens)} | sizes), attn_implementation="eager")
+  fields = {
+    "llama.block_count": config.num_hidden_layers,
+    "llama.context_length": config.max_position_embeddings,
+    "llama.embedding_length": config.hidden_size,
+    "llama.feed_forward_length": config.intermediate_size,
+    "llama.attention.head_count": config.num_attention_heads,
+    "llama.attention.head_count_kv": config.num_key_value_heads,
+    "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    "llama.rope.freq_base": 10000.0,
+    "llama.vocab_size": config.vocab_size,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": tokens,
+    "tokenizer.ggml.token_type": [3 if token in control else 1 for token in tokens],
+    "tokenizer.ggml.merges": [
+      m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]
+    ],
+    "tokenizer.ggml.eos_token_id": vocab["</s>"],
+  }
+  model = randomised(LlamaForCausalLM(config))
+  return write_gguf_file(folder / "model.gguf", gguf_tensors(model), fields)

@@ -287,14 +287,30 @@ def load_decoder(arranged: Arranged, path: pathlib.Path) -> Any:
   import torch
   from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-  folder = path if path.is_dir() else path.parent
   if arranged.family == "gguf":
-    return AutoModelForCausalLM.from_pretrained(
-      folder, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    return load_gguf(path)
+  folder = path if path.is_dir() else path.parent
   if arranged.family == "hf-llava":
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
   return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_gguf(path: pathlib.Path) -> Any:
+  """transformers' language model of a GGUF file, in float32.
+
+  `from_pretrained(gguf_file=...)` reads the same, but only where accelerate is installed.
+  """
+  import torch
+  from transformers import AutoConfig, AutoModelForCausalLM
+  from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+  config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+  model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+  state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+  if config.tie_word_embeddings:
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+  model.load_state_dict(state)
+  return model.eval()
 
 
 def relative(ours: Any, theirs: Any) -> float:
@@ -318,5 +334,5 @@ def _torch() -> Iterator[None]:
   except ImportError as error:
     raise WeightsError(
       f"the numbers cannot be checked without transformers' own models ({error}); "
-      "pip install torch. The conversion itself is complete"
+      "pip install torch, and gguf for a GGUF file. The conversion itself is complete"
     ) from None

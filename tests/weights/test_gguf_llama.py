@@ -2,18 +2,18 @@
 
 import dataclasses
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from hf_folders import gguf_permuted, gguf_tensors, write_gguf_file
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from regionjax.config import DecoderConfig, RopeScaling
 from regionjax.models.decoder import Decoder
+from regionjax.weights.check import load_gguf
 from regionjax.weights.families import llama
 from regionjax.weights.families.gguf import as_hf, config_from_gguf, half_split
 from regionjax.weights.gguf_file import open_gguf
@@ -25,12 +25,6 @@ CONFIG = DecoderConfig(
   vocab_size=61, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48, max_length=64,
   rope_base=500.0, eps=1e-5,
 )  # fmt: skip
-NAMES = {  # of a layer, by llama.cpp; written down apart from the package's
-  "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-  "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-  "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-  "ffn_down": "mlp.down_proj",
-}  # fmt: skip
 
 
 def hf_model(config: DecoderConfig) -> LlamaForCausalLM:
@@ -40,12 +34,6 @@ def hf_model(config: DecoderConfig) -> LlamaForCausalLM:
     for p in model.parameters():
       p.copy_(torch.randn_like(p) * 0.25 + (p if p.ndim == 1 else 0))
   return model.eval()
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-  """What llama.cpp's converter does to query and key matrices."""
-  halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-  return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 def metadata(config: DecoderConfig) -> dict:
@@ -63,52 +51,6 @@ def metadata(config: DecoderConfig) -> dict:
   }
 
 
-def tensors_of(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
-  """A model's tensors as llama.cpp's converter writes them."""
-  state = {k: v.numpy() for k, v in model.state_dict().items()}
-  out = {
-    "token_embd.weight": state["model.embed_tokens.weight"],
-    "output_norm.weight": state["model.norm.weight"],
-  }
-  if not model.config.tie_word_embeddings:
-    out["output.weight"] = state["lm_head.weight"]
-  heads = {
-    "attn_q": model.config.num_attention_heads,
-    "attn_k": model.config.num_key_value_heads,
-  }
-  for i in range(model.config.num_hidden_layers):
-    for ours, theirs in NAMES.items():
-      weight = state[f"model.layers.{i}.{theirs}.weight"]
-      weight = permuted(weight, heads[ours]) if ours in heads else weight
-      out[f"blk.{i}.{ours}.weight"] = weight
-  return out
-
-
-def write(path, tensors, fields, arch="llama"):
-  kinds = {int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY", bool: "BOOL"}
-  writer = gguf.GGUFWriter(path, arch)
-  for key, value in fields.items():
-    writer.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]])
-  for name, array in tensors.items():
-    writer.add_tensor(name, np.ascontiguousarray(array))
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-  return path
-
-
-def read_by_transformers(path) -> LlamaForCausalLM:
-  """`from_pretrained(gguf_file=...)` without the package accelerate, which it asks for."""
-  config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-  model = LlamaForCausalLM(config)
-  state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
-  if config.tie_word_embeddings:
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-  model.load_state_dict(state)
-  return model.eval()
-
-
 @pytest.fixture(scope="module")
 def model():
   return hf_model(CONFIG)
@@ -117,7 +59,7 @@ def model():
 @pytest.fixture(scope="module")
 def path(model, tmp_path_factory):
   folder = tmp_path_factory.mktemp("gguf")
-  return write(folder / "model.gguf", tensors_of(model), metadata(CONFIG))
+  return write_gguf_file(folder / "model.gguf", gguf_tensors(model), metadata(CONFIG))
 
 
 def changed(path, tmp_path, *, arch="llama", drop=(), **fields):
@@ -127,7 +69,7 @@ def changed(path, tmp_path, *, arch="llama", drop=(), **fields):
   kept |= {k.replace("__", "."): v for k, v in fields.items()}
   tensors = {name: tensor.array() for name, tensor in source.items() if name not in drop}
   kept = {k: v for k, v in kept.items() if v is not None}
-  return write(tmp_path / "changed.gguf", tensors, kept, arch=arch)
+  return write_gguf_file(tmp_path / "changed.gguf", tensors, kept, arch=arch)
 
 
 def logits_of(config: DecoderConfig, source, tokens: np.ndarray) -> jax.Array:
@@ -156,12 +98,12 @@ def relative(a, b) -> float:
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_half_split_undoes_the_permutation(heads):
   weight = np.random.default_rng(0).normal(size=(8 * heads, 5))
-  there = permuted(weight, heads)
+  there = gguf_permuted(weight, heads)
   assert not np.array_equal(there, weight)
   np.testing.assert_array_equal(half_split(there, heads), weight)
   names = np.arange(8)  # channel i of a head lies at row 2i, channel i + 4 at row 2i + 1
-  assert permuted(names, 1).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-  np.testing.assert_array_equal(half_split(permuted(names, 1), 1), names)
+  assert gguf_permuted(names, 1).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+  np.testing.assert_array_equal(half_split(gguf_permuted(names, 1), 1), names)
 
 
 def test_the_configuration_is_the_models(path):
@@ -174,13 +116,13 @@ def test_the_configuration_is_the_models(path):
 def test_logits_are_those_of_the_model_that_was_written(tmp_path, tied):
   config = dataclasses.replace(CONFIG, tie_embeddings=tied)
   model = hf_model(config)
-  path = write(tmp_path / "model.gguf", tensors_of(model), metadata(config))
+  path = write_gguf_file(tmp_path / "model.gguf", gguf_tensors(model), metadata(config))
   source = open_gguf(path)
   assert config_from_gguf(source) == config
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 17))
   with torch.no_grad():
     theirs = model(torch.tensor(tokens)).logits.numpy()
-    again = read_by_transformers(path)(torch.tensor(tokens)).logits.numpy()
+    again = load_gguf(path)(torch.tensor(tokens)).logits.numpy()
   assert relative(logits_of(config, as_hf(source), tokens), theirs) < 1e-4
   assert relative(again, theirs) < 1e-4  # so the file is as transformers expects one
 
@@ -207,11 +149,11 @@ def test_tensors_come_by_their_names_one_by_one(model, path):
 
 
 def test_foreign_tensors_are_listed_by_the_table(model, path, tmp_path):
-  tensors = tensors_of(model) | {
+  tensors = gguf_tensors(model) | {
     "blk.0.attn_q.bias": np.zeros(32, np.float32),
     "blk.1.attn_q.weight": np.zeros((24, 32), np.float32),
   }
-  source = open_gguf(write(tmp_path / "odd.gguf", tensors, metadata(CONFIG)))
+  source = open_gguf(write_gguf_file(tmp_path / "odd.gguf", tensors, metadata(CONFIG)))
   with pytest.raises(WeightsError) as caught:
     logits_of(CONFIG, as_hf(source), np.zeros((1, 2), int))
   assert "blk.0.attn_q.bias" in str(caught.value)
@@ -245,11 +187,11 @@ def test_llama3_scaling_is_read_from_its_divisors(path, tmp_path, factor):
   tensors = {n: t.array() for n, t in open_gguf(path).items()}
   tensors["rope_freqs.weight"] = divisors.astype(np.float32)
   fields = metadata(wide) | {"llama.attention.key_length": 32, "llama.attention.value_length": 32}
-  source = open_gguf(write(tmp_path / "long.gguf", tensors, fields))
+  source = open_gguf(write_gguf_file(tmp_path / "long.gguf", tensors, fields))
   assert config_from_gguf(source) == wide
   assert "rope_freqs.weight" not in as_hf(source)
   tensors["rope_freqs.weight"][-3] *= 1.01
-  source = open_gguf(write(tmp_path / "odd.gguf", tensors, fields))
+  source = open_gguf(write_gguf_file(tmp_path / "odd.gguf", tensors, fields))
   with pytest.raises(WeightsError, match=rf"other divisors than LLaMA 3's scaling by {factor:g}"):
     config_from_gguf(source)
 
