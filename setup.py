@@ -35,6 +35,7 @@ TEST = [
   "ruff>=0.9",
   "scikit-learn>=1.5",  # its sample photographs
   "scikit-image>=0.24",  # its sample photographs
+  "gguf>=0.10",  # writes the files that the GGUF tests read
   "sentencepiece>=0.2",  # oracle for the LLaMA tokenisation rule
   "torch>=2.13,<2.14",  # oracle; the tolerances of the parity tests were set with 2.13
   "nbformat>=5",
@@ -58,6 +59,7 @@ setup(
     "tpu": ["jax[tpu]>=0.10"],
     "cuda12": ["jax[cuda12]>=0.10"],
     "tfds": ["tensorflow-datasets>=4.9", "array-record>=0.6"],
+    "gguf": ["gguf>=0.10"],  # the first that dequantises every type of llama.cpp's common files
     "serve": [],  # the HTTP server uses the standard library
     "notebooks": ["jupyterlab>=4"],
   },

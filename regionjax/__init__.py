@@ -21,16 +21,20 @@ _HOMES = {
   "Example": "regionjax.data.schema",
   "Region": "regionjax.regions",
   "RegionChat": "regionjax.infer.chat",
+  "from_hub": "regionjax.weights.hub",
   "load": "regionjax.infer.chat",
   "roi_align": "regionjax.ops.roi_align",
 }
-__all__ = ["Answer", "Example", "Region", "RegionChat", "__version__", "load", "roi_align"]
+__all__ = [
+  "Answer", "Example", "Region", "RegionChat", "__version__", "from_hub", "load", "roi_align",
+]  # fmt: skip
 
 if TYPE_CHECKING:
   from regionjax.data.schema import Example
   from regionjax.infer.chat import Answer, RegionChat, load
   from regionjax.ops.roi_align import roi_align
   from regionjax.regions import Region
+  from regionjax.weights.hub import from_hub
 
 
 def __getattr__(name: str) -> Any:

@@ -37,9 +37,13 @@ class Verb:
 VERBS = {
   "demo": Verb("regionjax.demo", "ask the shipped model about scenes it has never seen"),
   "chat": Verb("regionjax.infer.command", "ask about regions of an image"),
+  "tokens": Verb(
+    "regionjax.tokens_command", "show a prompt's ids, slots and loss mask", overrides=True
+  ),
   "train": Verb("regionjax.train.command", "train a model from a config file", overrides=True),
   "evaluate": Verb("regionjax.evaluate.command", "measure a model on held-out questions"),
   "export": Verb("regionjax.train.export_command", "make a release folder from a training run"),
+  "convert": Verb("regionjax.weights.convert_command", "published weights to a release, and back"),
 }
 
 

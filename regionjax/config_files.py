@@ -180,6 +180,10 @@ def _set(values: Any, hint: Any, keys: list[str], text: str, where: str) -> None
     if key not in hints:
       raise _UnknownKeyError
     child, slot = hints[key], key
+    if rest:
+      child = _group(child)
+      if node[slot] is None:  # an optional group that was absent
+        node[slot] = {}
   elif isinstance(values, list):
     if not key.isdigit() or int(key) >= len(values):
       raise ConfigError(f"{where}: expected an index below {len(values)}, got {key!r}")
@@ -197,6 +201,12 @@ def _set(values: Any, hint: Any, keys: list[str], text: str, where: str) -> None
     raise ConfigError(f"{where} is a group of settings; set one of its keys: {fields}")
   else:
     node[slot] = parse_value(child, text, where)
+
+
+def _group(hint: Any) -> Any:
+  """The dataclass of an optional group; other types as they are."""
+  groups = [a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)]
+  return groups[0] if groups and types.NoneType in typing.get_args(hint) else hint
 
 
 def _near(key: str, known: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ written as.
 A forward pass costs a product once. Training adds one more for the gradient of its weights, where
 they are trained, and one for the gradient of its input, where something before it is trained: 6
 FLOPs per weight and token in all where everything trains, 2 in a frozen vision encoder, 4 in a
-frozen decoder behind a trained connector.
+frozen decoder behind a trained connector or with LoRA (whose own weights cost 6).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 
-from regionjax.config import ConfigError, ModelConfig, RegionConfig
+from regionjax.config import ConfigError, DecoderConfig, ModelConfig, RegionConfig
 
 
 class Work(NamedTuple):
@@ -96,12 +96,17 @@ def flops_by_part(
   training: bool = True,
   trainable: Sequence[str] | None = None,
 ) -> dict[str, float]:
-  """As `flops_per_example`, split into 'vision', 'connector', 'regions', 'decoder' and 'head'."""
+  """As `flops_per_example`, by part.
+
+  Parts: 'vision', 'connector', 'regions', 'decoder', 'lora' (the low-rank updates in the decoder;
+  0 without them) and 'head'.
+  """
   work = {
     "vision": _scaled(_vision(config), images),
     "connector": _scaled(_connector(config), images),
     "regions": _regions(config, images, regions),
-    "decoder": _decoder(config, tokens),
+    "decoder": _decoder(config.decoder, tokens),
+    "lora": Work(inner=2.0 * tokens * _lora_weights(config.decoder)),
     "head": Work(first=2.0 * tokens * config.decoder.width * config.decoder.vocab_size),
   }
   if not training:
@@ -109,12 +114,15 @@ def flops_by_part(
   trained = _trained_parts(config, tuple(trainable or (".*",)))
   seen = "vision" in trained
   features = seen or "connector" in trained or "regions" in trained or "embed" in trained
+  # A gradient that reaches an update in one layer has passed the frozen maps of all layers above.
+  inside = features or "decoder" in trained or "lora" in trained
   upstream = {
     "vision": False,
     "connector": seen,
     "regions": seen,
-    "decoder": features,
-    "head": features or "decoder" in trained,
+    "decoder": inside,
+    "lora": inside,
+    "head": inside,
   }
   return {
     part: w.training(trained=part in trained, upstream=upstream[part]) for part, w in work.items()
@@ -218,20 +226,35 @@ def _pyramid_region(config: ModelConfig) -> Work:
   )
 
 
-def _decoder(config: ModelConfig, tokens: float) -> Work:
-  d = config.decoder
-  heads = d.width * d.head_dim * (2 * d.heads + 2 * d.kv_heads)  # queries, output; keys, values
+def _decoder(d: DecoderConfig, tokens: float) -> Work:
+  weights = sum(fan_in * fan_out for fan_in, fan_out in _maps(d).values())
   return Work(
-    inner=2.0 * tokens * d.layers * (heads + 3 * d.width * d.mlp_width),
+    inner=2.0 * tokens * d.layers * weights,
     paired=4.0 * (tokens**2 / 2) * d.layers * d.heads * d.head_dim,
   )
+
+
+def _maps(d: DecoderConfig) -> dict[str, tuple[int, int]]:
+  """Input and output width of a layer's linear maps, by name."""
+  queries, keys, hidden = d.heads * d.head_dim, d.kv_heads * d.head_dim, d.mlp_width
+  return {
+    "q": (d.width, queries), "k": (d.width, keys), "v": (d.width, keys), "o": (queries, d.width),
+    "gate": (d.width, hidden), "up": (d.width, hidden), "down": (hidden, d.width),
+  }  # fmt: skip
+
+
+def _lora_weights(d: DecoderConfig) -> int:
+  """Weights of all low-rank updates."""
+  sides = sum(sum(widths) for name, widths in _maps(d).items() if d.lora.adapts(name))
+  return d.layers * d.lora.rank * sides
 
 
 @functools.lru_cache(maxsize=32)
 def _trained_parts(config: ModelConfig, patterns: tuple[str, ...]) -> frozenset[str]:
   """Parts of `flops_by_part`, and 'embed', that have a path which some pattern matches."""
   if ".*" in patterns:
-    return frozenset(("vision", "connector", "regions", "embed", "decoder", "head"))
+    return frozenset(("vision", "connector", "regions", "embed", "decoder", "lora", "head"))
+  from regionjax.models.lora import LEAVES
   from regionjax.models.params import param_shapes
 
   try:
@@ -245,6 +268,8 @@ def _trained_parts(config: ModelConfig, patterns: tuple[str, ...]) -> frozenset[
       part = names[0]
       if part == "decoder" and names[1] in ("embed", "head"):
         part = names[1]
+      elif names[-1] in LEAVES:
+        part = "lora"
       parts.add(part)
   if config.decoder.tie_embeddings and "embed" in parts:
     parts.add("head")

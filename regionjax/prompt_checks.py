@@ -12,6 +12,7 @@ from regionjax.tokenizer import Tokenizer
 
 _MENTIONS = ("name+slot", "slot")
 _MASKS = ("answer", "gpt4roi")
+_COORDINATE_MARKS = ("box", "none")
 
 
 class PromptError(ValueError):
@@ -23,6 +24,7 @@ def check_config(prompt: PromptConfig, model: ModelConfig, tokenizer: Tokenizer)
     ("template", prompt.template, tuple(TEMPLATES)),
     ("mention", prompt.mention, _MENTIONS),
     ("mask", prompt.mask, _MASKS),
+    ("coordinate_marks", prompt.coordinate_marks, _COORDINATE_MARKS),
     ("coordinates", prompt.coordinates, tuple(FORMATS)),
   ):
     if value not in known:

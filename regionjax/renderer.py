@@ -304,10 +304,12 @@ class Renderer:
     return True, slot and new, coordinates and new
 
   def _box(self, writer: Writer, coordinates: str, *, blank: str) -> None:
-    """Coordinates between the two marks, which are text where the vocabulary lacks them."""
+    """Coordinates between their marks, which are text where the vocabulary lacks them."""
     added = self.tokenizer.added
     writer.text(blank)
-    if "<box>" in added and "</box>" in added:
+    if self.config.coordinate_marks == "none":
+      writer.text(coordinates)
+    elif "<box>" in added and "</box>" in added:
       writer.added(added["<box>"])
       writer.text(coordinates)
       writer.added(added["</box>"])

@@ -57,6 +57,23 @@ _SYSTEM = (
   "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
 )
 
+_CHATML = Template(
+  name="chatml",
+  system_open=(Added("<|im_start|>"), "system\n"),
+  system_close=(Added("<|im_end|>"), "\n"),
+  user_open=(Added("<|im_start|>"), "user\n"),
+  user_close=(Added("<|im_end|>"), "\n"),
+  answer_open=(Added("<|im_start|>"), "assistant\n"),
+  stop=(Added("<|im_end|>"),),
+  between=("\n",),
+  blank="",
+)
+
+
+def _llama3_role(name: str) -> Marks:
+  return (Added("<|start_header_id|>"), name, Added("<|end_header_id|>"), "\n\n")
+
+
 TEMPLATES: dict[str, Template] = {
   t.name: t
   for t in (
@@ -82,15 +99,21 @@ TEMPLATES: dict[str, Template] = {
       answer_open=(" ASSISTANT:",),
       stop=(EOS,),
     ),
+    _CHATML,
+    dataclasses.replace(
+      _CHATML,
+      name="smollm2",
+      system_text="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    ),
+    # LLaMA 3's own. (From 3.1 on the published template also writes dates into the system's text.)
     Template(
-      name="chatml",
-      system_open=(Added("<|im_start|>"), "system\n"),
-      system_close=(Added("<|im_end|>"), "\n"),
-      user_open=(Added("<|im_start|>"), "user\n"),
-      user_close=(Added("<|im_end|>"), "\n"),
-      answer_open=(Added("<|im_start|>"), "assistant\n"),
-      stop=(Added("<|im_end|>"),),
-      between=("\n",),
+      name="llama3",
+      system_open=_llama3_role("system"),
+      system_close=(Added("<|eot_id|>"),),
+      user_open=_llama3_role("user"),
+      user_close=(Added("<|eot_id|>"),),
+      answer_open=_llama3_role("assistant"),
+      stop=(Added("<|eot_id|>"),),
       blank="",
     ),
     # As few tokens as a dialogue can do with: the tiny preset's.

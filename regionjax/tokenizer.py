@@ -38,9 +38,10 @@ class Tokenizer:
   Attributes:
     vocab_size: one more than the highest id.
     added: every added and special token's string -> id; `encode_text` never yields these ids.
-    bos_id, eos_id, pad_id: -1 where the vocabulary has none (pad falls back to eos).
-    image_slot_id, im_start_id, im_end_id, region_slot_id: `<im_patch>`, `<im_start>`, `<im_end>`
-      and `<bbox>`, or -1.
+    bos_id, eos_id, pad_id: -1 where the vocabulary has none (pad falls back to eos); bos also where
+      the published tokenizer puts none before a text.
+    image_slot_id, im_start_id, im_end_id, region_slot_id: `<im_patch>` (LLaVA's `<image>` where
+      there is none), `<im_start>`, `<im_end>` and `<bbox>`, or -1.
     dummy_prefix: whether a stretch of text starts with sentencepiece's extra blank.
   """
 
@@ -63,7 +64,7 @@ class Tokenizer:
     )
     if self.pad_id < 0:
       self.pad_id = self.eos_id
-    self.image_slot_id = self.added.get("<im_patch>", -1)
+    self.image_slot_id = self.added.get("<im_patch>", self.added.get("<image>", -1))
     self.im_start_id = self.added.get("<im_start>", -1)
     self.im_end_id = self.added.get("<im_end>", -1)
     self.region_slot_id = self.added.get("<bbox>", -1)
@@ -158,9 +159,12 @@ class Tokenizer:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
-    config = {f"{role}_token": name for role, name in self._files.roles.items()}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    roles = self._files.roles
+    config: dict[str, Any] = {f"{role}_token": name for role, name in roles.items()}
+    # Without a word about it a `<s>` that isn't put would come back as one that is.
+    config |= {"add_bos_token": "bos" in roles, "tokenizer_class": "PreTrainedTokenizerFast"}
+    path = folder / tokenizer_files.CONFIG
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -201,7 +205,7 @@ def load_tokenizer(
     following = max(following, wanted + 1)
     if all(t["content"] != content for t in entries):
       entries.append(tokenizer_files.added_token(content, wanted))
-  roles = tokenizer_files.find_roles(files.spec, known=files.roles)
+  roles = tokenizer_files.find_roles(files.spec, known=files.roles, begins="bos" in files.roles)
   return Tokenizer(TokenizerFiles(files.spec, roles))
 
 

@@ -3,20 +3,26 @@
 Accepted are a `tokenizer.json`, a folder that holds one (as transformers writes it), a folder of an
 older layout that transformers can convert, and a sentencepiece `.model` file. Everything past this
 module sees a `TokenizerFiles`.
+
+**A begin token is one that the published tokenizer puts before a text.** Many name a `bos_token`
+that nothing puts there: SmolLM2's is the `<|im_start|>` that its chat template writes, and a prompt
+that began with the two would be one that the model never saw.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 TINY = Path(__file__).parent / "assets" / "tiny_tokenizer.json"
+CONFIG = "tokenizer_config.json"  # beside the tokenizer's own file, what transformers knows of it
 BLANK = "▁"  # sentencepiece's mark for a blank
 
-# Names by which a role is known where no tokenizer_config.json says it, best first.
+# Names by which a role is known where no CONFIG says it, best first.
 ROLE_NAMES = {
   "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>"),
   "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
@@ -34,7 +40,8 @@ class TokenizerFiles:
 
   Attributes:
     spec: the `tokenizers` JSON as a dict, added tokens and dummy prefix included.
-    roles: the strings of 'bos', 'eos' and 'pad'; a role nobody fills is absent.
+    roles: the strings of 'bos', 'eos' and 'pad'; a role nobody fills is absent, and so is a
+      'bos' that the published tokenizer doesn't put before a text.
   """
 
   spec: dict[str, Any]
@@ -56,26 +63,32 @@ def read(name_or_path: str | Path) -> TokenizerFiles:
       f"tokenizer {str(name_or_path)!r}: no such file or folder; give 'tiny', a tokenizer.json, "
       "a sentencepiece .model file, or a folder that holds one (nothing is downloaded)"
     )
-  folder = path if path.is_dir() else path.parent
-  config = _sidecar(folder, "tokenizer_config.json") | _sidecar(folder, "special_tokens_map.json")
-  if path.is_dir():
-    spec = _read_folder(path)
-  elif path.suffix == ".model":
-    spec = read_sentencepiece(path.read_bytes(), name=str(path))
+  folder, file = (path, _file_in(path)) if path.is_dir() else (path.parent, path)
+  if file is None:
+    spec = _read_older(folder)
+  elif file.suffix == ".model":
+    spec = read_sentencepiece(file.read_bytes(), name=str(file))
   else:
-    spec = _read_json(path)
+    spec = _read_json(file)
   for content, index in _sidecar(folder, "added_tokens.json").items():
     if isinstance(index, int) and content not in {t["content"] for t in spec["added_tokens"]}:
       spec["added_tokens"].append(added_token(content, index, special=False))
-  return TokenizerFiles(spec, find_roles(spec, known=_named_roles(config)))
+  config = _sidecar(folder, CONFIG)
+  roles = find_roles(spec, known=_named_roles(config | _sidecar(folder, "special_tokens_map.json")))
+  if (folder / CONFIG).is_file() and not _puts_begin(spec, roles.get("bos"), config, file):
+    roles.pop("bos", None)
+  return TokenizerFiles(spec, roles)
 
 
-def _read_folder(folder: Path) -> dict[str, Any]:
+def _file_in(folder: Path) -> Path | None:
+  """The file of a folder that can be read here; None leaves it to transformers."""
   if (folder / "tokenizer.json").is_file():
-    return _read_json(folder / "tokenizer.json")
+    return folder / "tokenizer.json"
   models = sorted(folder.glob("*.model"))
-  if len(models) == 1:
-    return read_sentencepiece(models[0].read_bytes(), name=str(models[0]))
+  return models[0] if len(models) == 1 else None
+
+
+def _read_older(folder: Path) -> dict[str, Any]:
   try:
     from transformers import AutoTokenizer
 
@@ -116,11 +129,51 @@ def _named_roles(config: dict[str, Any]) -> dict[str, str]:
   return {role: name for role, name in named.items() if isinstance(name, str)}
 
 
-def find_roles(spec: dict[str, Any], *, known: dict[str, str]) -> dict[str, str]:
-  """The added tokens that fill the roles of ROLE_NAMES: as `known` says, else by their names."""
+def _puts_begin(
+  spec: dict[str, Any], begin: str | None, config: dict[str, Any], file: Path | None
+) -> bool:
+  """Whether a tokenizer with a CONFIG puts the token `begin` before a text.
+
+  The first of these that says something decides: `add_bos_token`; a sentencepiece file, whose
+  begin token transformers puts; the JSON's template of a text, which is all that transformers 5
+  writes; the class, since LLaMA's put one unless they are told not to.
+  """
+  told = config.get("add_bos_token")
+  if isinstance(told, bool):
+    return told
+  if file is not None and file.suffix == ".model":
+    return True
+  template = _text_template(spec.get("post_processor"))
+  if template is not None:
+    return begin in template
+  kind = str(config.get("tokenizer_class")).lower()
+  return kind.startswith(("llama", "codellama"))  # the first ones were called LLaMATokenizer
+
+
+def _text_template(step: Any) -> list[str] | None:
+  """The tokens that a post-processor puts before a text; None where it is no template of one."""
+  step = step or {}
+  if step.get("type") == "Sequence":
+    found = map(_text_template, step.get("processors", []))
+    return next((tokens for tokens in found if tokens is not None), None)
+  if step.get("type") != "TemplateProcessing":
+    return None
+  before = itertools.takewhile(lambda part: "SpecialToken" in part, step.get("single", []))
+  return [part["SpecialToken"]["id"] for part in before]
+
+
+def find_roles(
+  spec: dict[str, Any], *, known: dict[str, str], begins: bool = True
+) -> dict[str, str]:
+  """The added tokens that fill the roles of ROLE_NAMES: as `known` says, else by their names.
+
+  Without `begins` nobody fills 'bos', whatever there is.
+  """
   contents = {t["content"] for t in spec["added_tokens"]}
   roles = {}
   for role, names in ROLE_NAMES.items():
+    if role == "bos" and not begins:
+      continue
     for name in (known.get(role), *names):
       if name in contents:
         roles[role] = name

@@ -127,7 +127,7 @@ def test_bad_overrides(override, message):
     ("configs/tiny.py:scle=2", "did you mean scale"),
     ("configs/tiny.py:scale=big", "expected float, got 'big'"),
     ("configs/tiny.py:scale=-1", "expected a factor between"),
-    ("regionjax/config.py", "has no get_config"),
+    ("regionjax/config/run.py", "has no get_config"),
   ],
 )
 def test_bad_config_files(spec, message):

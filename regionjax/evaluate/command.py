@@ -25,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.description = __doc__
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   parser.add_argument("--checkpoint", default="tiny", help="a release folder (default: shipped)")
+  parser.add_argument(
+    "--base", metavar="DIR",
+    help="the release that an adapter was trained from, where it is not found by itself",
+  )  # fmt: skip
   parser.add_argument("--source", default="scenes", choices=sorted(SOURCES), help="of questions")
   parser.add_argument(
     "--split", default="test", choices=("test", "heldout_pairs", "train"), help="of the scenes"
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
   from regionjax.infer.chat import load
 
   questions = _questions(args)
-  chat = load(args.checkpoint)
+  chat = load(args.checkpoint, base=args.base)
   what = args.source if args.source != "scenes" else f"scenes, {args.split} split, seed {args.seed}"
   report = evaluate(chat, questions, title=f"{chat.config.name} on {what}", progress=progress_line)
   print(report.table())

@@ -81,14 +81,26 @@ class Question:
   region_images: Sequence[int] | None = None
 
 
-def load(path_or_name: str | os.PathLike = "tiny") -> RegionChat:
+def load(
+  path_or_name: str | os.PathLike = "tiny", *, base: str | os.PathLike | None = None
+) -> RegionChat:
   """Opens a release folder, or the checkpoint shipped with the package ('tiny').
+
+  Args:
+    path_or_name: a release, or an adapter, which holds only what was trained.
+    base: the release that an adapter was trained from, where it is not found by itself.
 
   Raises:
     regionjax.weights.release.ReleaseError: it is missing, truncated or does not fit its
-      configuration.
+      configuration; an adapter's base is missing or another one.
   """
-  return RegionChat(*release.load(path_or_name))
+  config, params, tokenizer = release.load(path_or_name, base=base)
+  if tokenizer is None:
+    raise release.ReleaseError(
+      f"{path_or_name} holds a vision tower alone, which cannot answer; train a model from it "
+      "(train.init_from)"
+    )
+  return RegionChat(config, params, tokenizer)
 
 
 def read_image(source: ImageSource) -> np.ndarray:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from regionjax.conversation import user_to_internal
 from regionjax.infer.chat import (
   MAX_NEW_TOKENS,
   Answer,
@@ -28,9 +27,9 @@ from regionjax.infer.chat import (
   load,
   read_image,
 )
+from regionjax.infer.region_options import add_region_options, check_questions, policies
 from regionjax.infer.regions_input import KINDS, parse_region
 from regionjax.infer.sampling import Sampling
-from regionjax.mentions import has_mention, mention_the_only
 from regionjax.regions import Region
 
 _DEFECTS = {
@@ -47,48 +46,18 @@ HELP = """\
 Everything else is a question. <region1> in it is the first region."""
 
 
-class _Append(argparse.Action):
-  """Collects --box, --point, ... into one list, in the order of the command line."""
-
-  def __call__(
-    self,
-    parser: argparse.ArgumentParser,
-    namespace: argparse.Namespace,
-    values: Any,
-    option_string: str | None = None,
-  ) -> None:
-    kind = (option_string or "").lstrip("-")
-    namespace.regions = [*(namespace.regions or []), (kind, values)]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `regionjax chat`."""
   parser.description = __doc__
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   parser.add_argument("image", type=Path, help="any JPEG, PNG, ... file")
-  for kind, form in KINDS.items():
-    parser.add_argument(
-      f"--{kind}", action=_Append, dest="regions", metavar=form, help=f"adds a {kind}; repeatable"
-    )
-  parser.add_argument(
-    "--normalized",
-    action="store_true",
-    help="coordinates are shares of the image's sides (0 to 1); by default they are pixels",
-  )
-  parser.add_argument(
-    "--outside",
-    choices=("error", "clip"),
-    default="error",
-    help="clip: cut regions at the image's border instead of refusing them",
-  )
-  parser.add_argument(
-    "--inverted",
-    choices=("error", "swap"),
-    default="error",
-    help="swap: put the corners of a box in order instead of refusing it",
-  )
+  add_region_options(parser)
   parser.add_argument("--ask", action="append", metavar="TEXT", help="a question; repeatable")
   parser.add_argument("--checkpoint", default="tiny", help="a release folder (default: shipped)")
+  parser.add_argument(
+    "--base", metavar="DIR",
+    help="the release that an adapter was trained from, where it is not found by itself",
+  )  # fmt: skip
   parser.add_argument("--save", type=Path, metavar="FILE.png", help="picture of the dialogue")
   parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
   parser.add_argument("--top-p", type=float, default=1.0, help="nucleus, in (0, 1]")
@@ -106,38 +75,22 @@ def run(args: argparse.Namespace) -> int:
   image = read_image(args.image)
   size = (image.shape[1], image.shape[0])
   regions = [
-    parse_region(kind, text, size=size, **_policies(args)) for kind, text in args.regions or []
+    parse_region(kind, text, size=size, **policies(args)) for kind, text in args.regions or []
   ]
   if args.save is not None:
     _check_writable(args.save)
   questions = check_questions(args.ask, len(regions)) if args.ask else []
-  chat = load(args.checkpoint)
+  chat = load(args.checkpoint, base=args.base)
   console = Console(chat, image, regions, sampling=sampling, max_new_tokens=args.max_new_tokens)
   if questions:
     for question in questions:
       print(f"> {question}")
       console.ask(question)
   else:
-    console.loop(_policies(args))
+    console.loop(policies(args))
   if args.save is not None:
     console.save(args.save)
   return 0
-
-
-def check_questions(asked: Sequence[str], regions: int) -> list[str]:
-  """The questions of a command line as they are asked.
-
-  Of a single region that none of them mentions the first one gets the mention behind it.
-
-  Raises:
-    RegionError: a region that is never mentioned, or a mention without a region; then nothing is
-      asked at all.
-  """
-  first, *rest = asked
-  if not any(map(has_mention, rest)):
-    first = mention_the_only(first, range(1, regions + 1))
-  user_to_internal("\n".join([first, *rest]), regions)
-  return [first, *rest]
 
 
 class Console:
@@ -238,10 +191,6 @@ def describe(region: Region, size: tuple[int, int]) -> str:
     return f"a {region.kind} inside {inside}"
   numbers = ",".join(f"{x * width:.0f},{y * height:.0f}" for x, y in region.points)
   return f"{region.kind} {numbers}"
-
-
-def _policies(args: argparse.Namespace) -> dict[str, Any]:
-  return {name: getattr(args, name) for name in ("normalized", "outside", "inverted")}
 
 
 def _lines() -> Iterator[str]:

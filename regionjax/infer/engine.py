@@ -21,6 +21,7 @@ from regionjax.infer import programs
 from regionjax.infer.batching import GenerationError, Prompt, bucket, pad_prompts, power
 from regionjax.infer.sampling import Sampling, row_keys
 from regionjax.models.decoder import Cache, init_cache
+from regionjax.models.lora import merge_lora
 from regionjax.models.params import model_for, unstack_layers
 from regionjax.models.region_lm import ImageFeatures
 
@@ -66,7 +67,7 @@ class Engine:
   """A model ready to generate.
 
   Attributes:
-    config: the model.
+    config: the model, low-rank updates merged into it.
     params: its parameters on the device, in the compute dtype, layers one by one.
     steps: tokens generated per dispatch; between dispatches stop strings are looked for and text is
       streamed.
@@ -92,6 +93,8 @@ class Engine:
       stop_strings: texts that end an answer; they may begin and end inside a token.
       steps: tokens per dispatch.
     """
+    self._dtype = jnp.dtype(config.compute_dtype)
+    config, params = merge_lora(config, params, dtype=self._dtype)
     self.config = config
     self.tokenizer = tokenizer
     self.steps = steps
@@ -101,7 +104,6 @@ class Engine:
       image_slot_id=tokenizer.image_slot_id,
       region_slot_id=tokenizer.region_slot_id,
     )
-    self._dtype = jnp.dtype(config.compute_dtype)
     self.params = jax.tree.map(self._place, unstack_layers(params))
     self._stops = tuple(tuple(int(i) for i in stop) for stop in stop_sequences if len(stop))
     self._stop_strings = tuple(stop_strings)
@@ -127,6 +129,11 @@ class Engine:
     """
     if not images:
       return ImageFeatures(None, None)
+    if "vision" not in self.params:
+      raise GenerationError(
+        "this release is a decoder alone: it reads text and no images. Train a model with a vision "
+        "tower from it (train.init_from), and ask that one"
+      )
     size = power(len(images))
     batch = np.zeros((size, *images[0].shape), np.float32)
     for slot, image in zip(batch, images):

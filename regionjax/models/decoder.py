@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from regionjax.config import DecoderConfig
-from regionjax.models.leaves import Kernel, Scale, normal, remat, scan
+from regionjax.models.leaves import AdaptedKernel, Kernel, Scale, normal, remat, scan
 from regionjax.ops import attention, mlp, norms, rope
 
 Array = jax.Array
@@ -70,9 +70,13 @@ class DecoderBlock(nn.Module):
     cfg = self.config
     d, f = cfg.width, cfg.mlp_width
     residual = (2 * cfg.layers) ** -0.5
+
+    def weights(name: str, shape: tuple[int, int], gain: float = 1.0):
+      return AdaptedKernel(shape, cfg.lora, gain, name=name)()
+
     y_btd = norms.rms_norm(x_btd, *Scale(d, name="norm1")(), eps=cfg.eps)
     q, k, v = (
-      attention.split_heads(mlp.linear(y_btd, *Kernel((d, n * cfg.head_dim), name=name)()), n)
+      attention.split_heads(mlp.linear(y_btd, *weights(name, (d, n * cfg.head_dim))), n)
       for name, n in (("q", cfg.heads), ("k", cfg.kv_heads), ("v", cfg.kv_heads))
     )
     q, k = rope.apply_rope(q, table), rope.apply_rope(k, table)
@@ -84,13 +88,15 @@ class DecoderBlock(nn.Module):
       mask_bts = attention.cache_mask(length_b, new=q.shape[2], size=k.shape[2])
       y_bnth = attention.attend(q, k, v, mask_bts)
     y_bte = attention.merge_heads(y_bnth)
-    x_btd += mlp.linear(y_bte, *Kernel((y_bte.shape[-1], d), gain=residual, name="o")())
+    x_btd += mlp.linear(y_bte, *weights("o", (y_bte.shape[-1], d), residual))
 
     y_btd = norms.rms_norm(x_btd, *Scale(d, name="norm2")(), eps=cfg.eps)
-    gate, _ = Kernel((d, f), name="gate")()
-    up, _ = Kernel((d, f), name="up")()
-    down, _ = Kernel((f, d), gain=residual, name="down")()
-    return x_btd + mlp.gated_mlp(y_btd, gate, up, down, name=cfg.activation), cache
+    gate, _, gate_ab = weights("gate", (d, f))
+    up, _, up_ab = weights("up", (d, f))
+    down, _, down_ab = weights("down", (f, d), residual)
+    updates = (gate_ab, up_ab, down_ab)
+    y_btd = mlp.gated_mlp(y_btd, gate, up, down, name=cfg.activation, updates=updates)
+    return x_btd + y_btd, cache
 
 
 class Embedding(nn.Module):
@@ -158,7 +164,9 @@ class Decoder(nn.Module):
     """
     cfg = self.config
     x_btd = x_btd.astype(self.dtype)
-    table = rope.rope_table(positions_bt, head_dim=cfg.head_dim, base=cfg.rope_base)
+    table = rope.rope_table(
+      positions_bt, head_dim=cfg.head_dim, base=cfg.rope_base, scaling=cfg.rope_scaling
+    )
     length_b = per_layer = None
     if cache is not None:
       length_b, per_layer = cache.length_b, list(zip(cache.k, cache.v))

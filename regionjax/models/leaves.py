@@ -1,6 +1,7 @@
 """Modules that only declare parameters (f32) and hand them to ops, so that names stay regular.
 
-`Kernel` gives `name/kernel` (and `name/bias`), `Scale` gives `name/scale` (and `name/bias`).
+`Kernel` gives `name/kernel` (and `name/bias`), `Scale` gives `name/scale` (and `name/bias`),
+`AdaptedKernel` gives `name/kernel` (and `name/lora_a`, `name/lora_b`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regionjax.config import ConfigError
+from regionjax.config import ConfigError, LoraConfig
+from regionjax.ops.lora import LowRank
 
 Array = jax.Array
 
@@ -55,6 +57,32 @@ class Kernel(nn.Module):
     if not self.use_bias:
       return kernel, None
     return kernel, self.param("bias", nn.initializers.zeros, self.features[1:], jnp.float32)
+
+
+class AdaptedKernel(nn.Module):
+  """A linear map's weights and, where `lora` targets its name, those of a low-rank update.
+
+  Attributes:
+    features: input and output width.
+    lora: rank, scale and targets. A starts normal with deviation 1 / sqrt(input width), B at zero.
+    gain: as in `Kernel`.
+  """
+
+  features: tuple[int, int]
+  lora: LoraConfig
+  gain: float = 1.0
+
+  @nn.compact
+  def __call__(self) -> tuple[Array, None, LowRank | None]:
+    """(kernel [D, E], no bias, the update or None): what follows x in `mlp.linear`."""
+    d, e = self.features
+    kernel = self.param("kernel", normal(self.gain * d**-0.5), self.features, jnp.float32)
+    if not self.lora.adapts(self.name or ""):
+      return kernel, None, None
+    rank = self.lora.rank
+    a = self.param("lora_a", nn.initializers.normal(d**-0.5), (d, rank), jnp.float32)
+    b = self.param("lora_b", nn.initializers.zeros, (rank, e), jnp.float32)
+    return kernel, None, LowRank(a, b, self.lora.scale)
 
 
 class ConvKernel(nn.Module):

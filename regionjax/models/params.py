@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -89,6 +90,12 @@ def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
   """The parameter tree as ShapeDtypeStructs; nothing is allocated."""
+  return jax.tree.map(lambda shape: shape, _param_shapes(config))
+
+
+@functools.lru_cache(maxsize=32)
+def _param_shapes(config: ModelConfig) -> dict[str, Any]:
+  """Tracing takes a second, and opening an adapter asks for its model's and its base's tree."""
   return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import jax
 
+from regionjax.ops.lora import LowRank, lora
+
 Array = jax.Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -32,13 +34,16 @@ def activation(name: str) -> Callable[[Array], Array]:
   return ACTIVATIONS[name]
 
 
-def linear(x_d: Array, kernel_de: Array, bias_e: Array | None = None) -> Array:
+def linear(
+  x_d: Array, kernel_de: Array, bias_e: Array | None = None, update: LowRank | None = None
+) -> Array:
   """x @ kernel + bias over the last axis, in x's dtype.
 
   Args:
     x_d: [..., D].
     kernel_de: [D, E].
     bias_e: [E] or None.
+    update: low-rank update of the kernel, added without forming it; or None.
 
   Returns:
     [..., E] in x's dtype.
@@ -48,10 +53,19 @@ def linear(x_d: Array, kernel_de: Array, bias_e: Array | None = None) -> Array:
   y_xe = x_d.reshape(-1, x_d.shape[-1]) @ kernel_de.astype(x_d.dtype)
   if bias_e is not None:
     y_xe += bias_e.astype(x_d.dtype)[None]
-  return y_xe.reshape(*x_d.shape[:-1], -1)
+  y_e = y_xe.reshape(*x_d.shape[:-1], -1)
+  return y_e if update is None else y_e + lora(x_d, update.a_dr, update.b_re, scale=update.scale)
 
 
-def gated_mlp(x_d: Array, gate_df: Array, up_df: Array, down_fd: Array, *, name: str) -> Array:
+def gated_mlp(
+  x_d: Array,
+  gate_df: Array,
+  up_df: Array,
+  down_fd: Array,
+  *,
+  name: str,
+  updates: tuple[LowRank | None, LowRank | None, LowRank | None] = (None, None, None),
+) -> Array:
   """(act(x @ gate) * (x @ up)) @ down: SwiGLU when the activation is SiLU.
 
   Args:
@@ -60,8 +74,11 @@ def gated_mlp(x_d: Array, gate_df: Array, up_df: Array, down_fd: Array, *, name:
     up_df: [D, F].
     down_fd: [F, D].
     name: a key of ACTIVATIONS.
+    updates: low-rank updates of gate, up and down.
 
   Returns:
     [..., D] in x's dtype.
   """
-  return linear(activation(name)(linear(x_d, gate_df)) * linear(x_d, up_df), down_fd)
+  gate, up, down = updates
+  hidden_f = activation(name)(linear(x_d, gate_df, update=gate))
+  return linear(hidden_f * linear(x_d, up_df, update=up), down_fd, update=down)

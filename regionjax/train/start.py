@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from regionjax import mesh as meshes
-from regionjax.config import Config, ConfigError, ModelConfig
+from regionjax.config import Config, ConfigError
 from regionjax.train import workdir as workdirs
 from regionjax.train.checkpoint import CheckpointError, Checkpoints
 from regionjax.train.evals import Evaluator, held_out_batches
+from regionjax.train.initial import Given, given_params, write_origin
 from regionjax.train.ledger import Ledger
 from regionjax.train.optim import SCHEDULES, make_optimizer
 from regionjax.train.state import (
   Params,
   TrainState,
   abstract,
-  flatten_paths,
   make_init,
-  unflatten_paths,
 )
 from regionjax.train.step import Apply, make_train_step
 from regionjax.train.summary import source_reports
@@ -83,11 +81,11 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
   build = make_init(config, init, optimizer)
   same = meshes.replicated(mesh)
   like = abstract(build, same)
-  given: Params = {}
+  given = Given({})
   # Digits only: a checkpoint that was being written when the run was killed is none.
   if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
     shapes = jax.eval_shape(init, jax.random.key(0))
-    given = starting_params(config, shapes, tokenizer, log=log)
+    given = given_params(config, shapes, tokenizer, log=log)
   evaluator = None
   if config.train.eval_every > 0:
     evaluator = Evaluator(apply, held_out_batches(config, renderer), mesh)
@@ -102,8 +100,10 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
     on_failure.callback(checkpoints.close)
     restored = checkpoints.restore_latest(like)
     if restored is None:
+      if jax.process_index() == 0:
+        write_origin(workdir, config, given)
       key = jax.random.key(config.train.seed)
-      state, ledger = jax.jit(build, out_shardings=same)(key, given), Ledger()
+      state, ledger = jax.jit(build, out_shardings=same)(key, given.params), Ledger()
     else:
       state, record = restored
       ledger = _resume(record, pipeline, tokenizer)
@@ -172,80 +172,6 @@ def check(config: Config, mesh: Mesh, tokenizer: Any) -> None:
       f"model.region.kind={config.model.region.kind!r} needs a region slot token, and "
       f"prompt.tokenizer={config.prompt.tokenizer!r} has none; use region.kind=text"
     )
-
-
-def starting_params(config: Config, shapes: Params, tokenizer: Any, *, log: Log = print) -> Params:
-  """Parameters of the release `train.init_from`, fit for the model; {} without one.
-
-  Parts that the release lacks, or a region encoder of another kind, start fresh, and parts that the
-  model lacks are left out; for images of another size the vision encoder's position table is
-  resampled. All of this is named through `log`.
-
-  Raises:
-    ConfigError: shapes differ (all of them are listed), nothing fits, or the tokenizers differ.
-  """
-  folder = config.train.init_from
-  if not folder:
-    return {}
-  from regionjax.weights import release
-
-  source, params, theirs = release.load(folder)
-  if theirs.fingerprint != tokenizer.fingerprint:
-    raise ConfigError(
-      f"train.init_from={folder}: its tokenizer ({theirs.fingerprint}) is another than "
-      f"prompt.tokenizer={config.prompt.tokenizer!r} ({tokenizer.fingerprint}), so its embeddings "
-      f"mean other tokens; set prompt.tokenizer={folder}"
-    )
-  params = _for_image_size(source.model, params, config.model, folder, log)
-  given, wanted = flatten_paths(params), flatten_paths(shapes)
-  shared = sorted(given.keys() & wanted.keys())
-  if source.model.region.features != config.model.region.features:
-    # Another kind of region encoder: equal names in it mean nothing.
-    shared = [path for path in shared if not path.startswith("regions/")]
-  wrong = [
-    f"  {path}: {given[path].shape} in the release, {wanted[path].shape} in the model"
-    for path in shared
-    if given[path].shape != wanted[path].shape
-  ]
-  if wrong:
-    raise ConfigError(f"train.init_from={folder} doesn't fit the model:\n" + "\n".join(wrong))
-  if not shared:
-    raise ConfigError(f"train.init_from={folder} holds no parameter of this model")
-  for what, paths in (
-    ("not in the release, starts fresh", wanted),
-    ("of the release not used", given),
-  ):
-    left = paths.keys() - set(shared)
-    if left:
-      log(f"train.init_from={folder}: {what}: {', '.join(_brief(left, paths))}")
-  return unflatten_paths({path: given[path] for path in shared})
-
-
-def _for_image_size(
-  source: ModelConfig, params: Params, target: ModelConfig, folder: str, log: Log
-) -> Params:
-  """A release's parameters, with its position table on the grid of the target's images."""
-  from regionjax.models.params import resize_images
-
-  old, new = source.vision, target.vision
-  if old.patch_size != new.patch_size or old.grid == new.grid:
-    return params
-  _, params = resize_images(source, params, new.image_size)
-  log(
-    f"train.init_from={folder}: vision/positions resampled from {_times(old.grid)} patches "
-    f"(images of {_times(old.image_hw)} pixels) to {_times(new.grid)} ({_times(new.image_hw)})"
-  )
-  return jax.tree.map(np.asarray, params)
-
-
-def _times(sides: tuple[int, int]) -> str:
-  return f"{sides[0]}x{sides[1]}"
-
-
-def _brief(paths: Collection[str], among: Collection[str]) -> list[str]:
-  """Paths, sorted, with 'part/.*' for those that are all of a part of the model."""
-  whole = {p.split("/")[0] for p in paths} - {p.split("/")[0] for p in set(among) - set(paths)}
-  return sorted({f"{part}/.*" if (part := p.split("/")[0]) in whole else p for p in paths})
 
 
 def record(run: Run) -> dict[str, Any]:

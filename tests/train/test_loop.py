@@ -23,9 +23,10 @@ from regionjax.train import loop
 from regionjax.train import workdir as workdirs
 from regionjax.train.checkpoint import CheckpointError
 from regionjax.train.finish import export_workdir
+from regionjax.train.initial import starting_params
 from regionjax.train.metrics import read_metrics
 from regionjax.train.progress import Progress
-from regionjax.train.start import create_state, model_functions, start, starting_params
+from regionjax.train.start import create_state, model_functions, start
 from regionjax.train.state import flatten_paths
 from regionjax.weights import release
 

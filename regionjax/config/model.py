@@ -1,30 +1,14 @@
-"""Frozen dataclasses that say everything about a run, and the way into them from a ConfigDict.
-
-`configs/*.py` return an `ml_collections.ConfigDict` (so that any field can be overridden on the
-command line); `from_dict` turns it into the dataclasses below and refuses unknown keys, naming the
-nearest known ones. Nothing past that boundary sees a ConfigDict.
-"""
+"""What a model is: sizes and kinds of its parts, and the published ones as presets."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from typing import Any, TypeVar
+import re
+from typing import Any
 
-T = TypeVar("T")
-
-# The tokens that the two systems add to LLaMA's 32,000, in the order of their ids. `<point>` was
-# reserved and never used.
-GPT4ROI_TOKENS = ("[PAD]", "<im_patch>", "<bbox>", "<point>", "<im_start>", "<im_end>")
-CHATSPOT_TOKENS = ("[PAD]", "<im_patch>", "<im_start>", "<im_end>", "<box>", "</box>")
+from regionjax.config.errors import ConfigError
 
 REGION_KINDS = ("none", "text", "pool", "pyramid", "pool+text", "pyramid+text")
-
-
-class ConfigError(ValueError):
-  """A configuration that cannot be run; the message says what to change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +135,80 @@ class RegionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies were stretched to reach further than they were first trained for.
+
+  'linear' divides all of them by `factor` (position interpolation). 'llama3' (LLaMA 3.1 and later)
+  divides those by `factor` whose wavelength exceeds `original_max_length / low_freq_factor`, keeps
+  those below `original_max_length / high_freq_factor`, and goes from one to the other in between;
+  its last three numbers mean nothing to 'linear'.
+  """
+
+  kind: str = "llama3"  # llama3 | linear
+  factor: float = 8.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_length: int = 8192  # tokens that it was first trained for
+
+  def __post_init__(self) -> None:
+    if self.kind not in ("llama3", "linear"):
+      raise ConfigError(f"rope_scaling.kind={self.kind!r}: expected llama3 or linear")
+    if self.factor <= 0:
+      raise ConfigError(f"rope_scaling.factor={self.factor}: expected a positive number")
+    if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+      raise ConfigError(
+        f"rope_scaling: low_freq_factor={self.low_freq_factor} must be positive and below "
+        f"high_freq_factor={self.high_freq_factor}"
+      )
+    if self.original_max_length < 1:
+      raise ConfigError(
+        f"rope_scaling.original_max_length={self.original_max_length}: expected at least 1 token"
+      )
+
+
+# The decoder's linear maps, by the name of their parameters: attention, then the gated MLP.
+DECODER_MAPS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank updates of the decoder's linear maps (LoRA, arXiv 2106.09685).
+
+  A targeted map x @ W becomes x @ W + x @ A @ B * alpha / rank. A starts random and B at zero, so
+  that training starts from the model without them.
+  """
+
+  rank: int = 0  # columns of A and rows of B; 0: no updates
+  alpha: float = 16.0
+  targets: str = "|".join(DECODER_MAPS)  # regex on a map's whole name, e.g. 'q|v'
+
+  def __post_init__(self) -> None:
+    if self.rank < 0:
+      raise ConfigError(f"decoder.lora.rank={self.rank}: expected 1 or more, or 0 for no LoRA")
+    if not 0 < self.alpha < float("inf"):
+      raise ConfigError(f"decoder.lora.alpha={self.alpha}: expected a positive number, e.g. 16")
+    try:
+      named = [name for name in DECODER_MAPS if re.fullmatch(self.targets, name)]
+    except re.error as error:
+      raise ConfigError(f"decoder.lora.targets={self.targets!r} is not a regex ({error})") from None
+    if not named:
+      raise ConfigError(
+        f"decoder.lora.targets={self.targets!r} matches none of {', '.join(DECODER_MAPS)}; name "
+        "maps as in 'q|v'"
+      )
+
+  @property
+  def scale(self) -> float:
+    """alpha / rank; 0 without LoRA."""
+    return self.alpha / self.rank if self.rank else 0.0
+
+  def adapts(self, name: str) -> bool:
+    """Whether `name` is a map (one of DECODER_MAPS) that has an update."""
+    targeted = name in DECODER_MAPS and re.fullmatch(self.targets, name) is not None
+    return self.rank > 0 and targeted
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
   """A LLaMA-family decoder."""
 
@@ -164,9 +222,11 @@ class DecoderConfig:
   mlp_width: int = 11008
   activation: str = "silu"  # silu | gelu | relu, inside the gated MLP
   rope_base: float = 10000.0
+  rope_scaling: RopeScaling | None = None
   eps: float = 1e-6
   tie_embeddings: bool = False
   max_length: int = 2048
+  lora: LoraConfig = LoraConfig()
 
   def __post_init__(self) -> None:
     if self.heads % self.kv_heads:
@@ -267,161 +327,3 @@ class ModelConfig:
       decoder=DecoderConfig.tiny(),
       compute_dtype="float32",
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptConfig:
-  """How an Example becomes text and ids."""
-
-  template: str = "vicuna_v0"  # vicuna_v0 | vicuna_v1 | chatml | plain
-  tokenizer: str = "tiny"  # 'tiny' (shipped in the package) or a folder with tokenizer files
-  added_tokens: tuple[str, ...] = ()  # appended in this order where the tokenizer's files lack them
-  mention: str = "name+slot"  # name+slot: `region1 <bbox>` (GPT4RoI); slot: `<bbox>` alone
-  coordinates: str = "unit3"  # a name of regions.FORMATS; unit3 is ChatSpot's `0.123`
-  max_vertices: int = 8  # polygons and masks written as text are simplified to this many points
-  mask: str = "answer"  # answer: the answer and its stop string; gpt4roi: the original's mask
-  image_prefix: str = ""  # put before the first turn's text; '{image:0}' stands for the image
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceConfig:
-  name: str = "scenes"
-  weight: float = 1.0
-  args: typing.Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  sources: tuple[SourceConfig, ...] = (SourceConfig(),)
-  resize: str = "chatspot"  # a name of images.RESIZE_RULES
-  rows: int = 8  # packed rows in the global batch
-  tokens_per_row: int = 512  # image and region slots included
-  images_per_row: int = 2
-  regions_per_row: int = 24
-  packing_bins: int = 8  # rows that stay open at once
-  workers: int = 0  # processes that decode images; 0 decodes in the training process
-  prefetch: int = 4  # batches decoded ahead
-  seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  steps: int = 1000
-  seed: int = 0
-  trainable: tuple[str, ...] = (".*",)  # regexes on parameter paths; the rest is frozen
-  init_from: str = ""  # a release folder to start from
-  learning_rate: float = 1e-3
-  schedule: str = "cosine"  # cosine | wsd
-  warmup_steps: int = 100
-  decay_fraction: float = 0.2  # wsd: share of the steps that decays to zero
-  weight_decay: float = 0.0
-  beta1: float = 0.9
-  beta2: float = 0.95
-  adam_eps: float = 1e-8
-  clip_norm: float = 1.0
-  accumulate: int = 1  # microbatches per step, each of data.rows rows / accumulate
-  eval_every: int = 500
-  eval_examples: int = 256
-  save_every: int = 500
-  keep: int = 2
-  log_every: int = 10
-  stop_after_minutes: float = 0.0  # 0: no limit; else the schedule ends when the time is up
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """One run.
-
-  The presets bind what belongs together: sizes, template, added tokens, coordinate format and
-  resize rule. `tokenizer` is a folder with the LLaMA vocabulary; sources and schedule are the
-  run's own.
-  """
-
-  name: str = "tiny"
-  model: ModelConfig = ModelConfig()
-  prompt: PromptConfig = PromptConfig()
-  data: DataConfig = DataConfig()
-  train: TrainConfig = TrainConfig()
-
-  @classmethod
-  def gpt4roi_7b(cls, tokenizer: str) -> Config:
-    return cls._gpt4roi(ModelConfig.gpt4roi_7b(), tokenizer)
-
-  @classmethod
-  def gpt4roi_13b(cls, tokenizer: str) -> Config:
-    return cls._gpt4roi(ModelConfig.gpt4roi_13b(), tokenizer)
-
-  @classmethod
-  def chatspot_7b(cls, tokenizer: str) -> Config:
-    model = ModelConfig.chatspot_7b()
-    prompt = PromptConfig(
-      template="vicuna_v1", tokenizer=tokenizer, added_tokens=CHATSPOT_TOKENS, mention="slot",
-      coordinates="unit3",
-    )  # fmt: skip
-    return cls(model.name, model, prompt, DataConfig(resize="chatspot", tokens_per_row=2048))
-
-  @classmethod
-  def _gpt4roi(cls, model: ModelConfig, tokenizer: str) -> Config:
-    prompt = PromptConfig(
-      template="vicuna_v0", tokenizer=tokenizer, added_tokens=GPT4ROI_TOKENS, mention="name+slot",
-      image_prefix="The {image:0} provides an overview of the picture.\n",
-    )  # fmt: skip
-    return cls(model.name, model, prompt, DataConfig(resize="gpt4roi", tokens_per_row=2048))
-
-
-def to_dict(config: Any) -> Any:
-  """Dataclass -> plain dicts, lists and scalars, fit for JSON and for ConfigDict."""
-  if dataclasses.is_dataclass(config) and not isinstance(config, type):
-    return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-  if isinstance(config, (tuple, list)):
-    return [to_dict(v) for v in config]
-  if isinstance(config, typing.Mapping):
-    return {k: to_dict(v) for k, v in config.items()}
-  return config
-
-
-def from_dict(cls: type[T], values: Any, path: str = "") -> T:
-  """Plain dicts (or a ConfigDict) -> dataclass.
-
-  Raises:
-    ConfigError: an unknown key (near matches are named) or a value of the wrong type.
-  """
-  hints = typing.get_type_hints(cls)
-  known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-  kwargs = {}
-  for key, value in dict(values).items():
-    where = f"{path}{key}"
-    if key not in known:
-      near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.5)
-      hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-      raise ConfigError(f"unknown config key {where!r}; {hint}")
-    kwargs[key] = _coerce(hints[key], value, where)
-  return cls(**kwargs)
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-    if isinstance(value, hint):
-      return value
-    if isinstance(value, str) or not hasattr(value, "items"):
-      raise ConfigError(f"{where}: expected a group of settings, got {value!r}")
-    return from_dict(hint, value, where + ".")
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if origin in (types.UnionType, typing.Union):
-    for arg in args:
-      try:
-        return _coerce(arg, value, where)
-      except ConfigError:
-        continue
-    raise ConfigError(f"{where}: expected {hint}, got {value!r}")
-  if origin is tuple:
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-      raise ConfigError(f"{where}: expected a list, got {value!r}")
-    return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if hint in (int, float, str, bool):
-    if type(value) is not hint:
-      raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
-    return value
-  return dict(value) if hasattr(value, "items") else value
