@@ -236,7 +236,7 @@ def test_the_shipped_tokenizer_is_its_releases():
   ],
 )  # fmt: skip
 def test_roles_of_a_gguf_file_outlive_it(tmp_path, kind, told, puts, padding):
-  """A control token that the file doesn't call the padding is found by its name, before as after."""
+  """A padding token that the file doesn't name is found by its string, before as after."""
   spec = spec_of()
   tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
   fields = {

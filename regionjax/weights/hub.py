@@ -30,55 +30,66 @@ def from_hub(
   import huggingface_hub
   from huggingface_hub import constants, errors
 
-  named = repr(repo_id) if revision is None else f"{repo_id!r} at {revision!r}"
-  incomplete = getattr(errors, "IncompleteSnapshotError", ())  # older huggingface_hubs lack it
-  transport = getattr(errors, "HTTPError", OSError)  # the base of whatever library it calls with
+  # What it raises where there is no connection: of whichever library it calls with.
+  transport = getattr(errors, "HTTPError", OSError)
   try:
     folder = huggingface_hub.snapshot_download(
       repo_id, revision=revision, cache_dir=cache_dir, ignore_patterns=["*.bin", "*.msgpack"]
     )
-  except errors.HFValidationError as error:
-    raise HubError(
+  except (errors.HFValidationError, transport, OSError) as error:
+    cache = cache_dir or constants.HF_HUB_CACHE
+    raise HubError(_explain(error, repo_id, revision, cache=cache)) from None
+  return pathlib.Path(folder)
+
+
+def _explain(
+  error: Exception, repo_id: str, revision: str | None, *, cache: str | os.PathLike
+) -> str:
+  """What went wrong, and what to do."""
+  from huggingface_hub import constants, errors
+
+  named = repr(repo_id) if revision is None else f"{repo_id!r} at {revision!r}"
+  if isinstance(error, errors.HFValidationError):
+    return (
       f"{repo_id!r} is no name on the hub, which are like 'owner/name' ({_short(error)}); a folder "
       "of this machine goes to regionjax.load as it is"
-    ) from None
-  except errors.GatedRepoError:
-    raise HubError(
+    )
+  if isinstance(error, errors.GatedRepoError):
+    return (
       f"{repo_id!r} is given to those who asked its owner: ask at {constants.ENDPOINT}/{repo_id}, "
       "then log in with `hf auth login`"
-    ) from None
-  except errors.RepositoryNotFoundError:
-    raise HubError(
+    )
+  if isinstance(error, errors.RepositoryNotFoundError):
+    return (
       f"the hub has no public model {repo_id!r}; check the name, and for a private one log in with "
       "`hf auth login`"
-    ) from None
-  except errors.RevisionNotFoundError:
-    raise HubError(
+    )
+  if isinstance(error, errors.RevisionNotFoundError):
+    return (
       f"{repo_id!r} has no revision {revision!r} on the hub; give a branch, tag or commit that it "
       "has, or none for the main branch"
-    ) from None
-  except errors.HfHubHTTPError as error:
-    raise HubError(
+    )
+  if isinstance(error, errors.HfHubHTTPError):
+    return (
       f"the hub refuses {named} ({_short(error)}); if that is for want of a login, `hf auth login`"
-    ) from None
-  except incomplete as error:
-    raise HubError(
+    )
+  if isinstance(error, getattr(errors, "IncompleteSnapshotError", ())):  # older ones lack it
+    return (
       f"{named} was downloaded in part only, and the hub is out of reach for the rest "
       f"({_why(error)}); run it again with a connection"
-    ) from None
-  except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, transport) as error:
-    raise HubError(
-      f"{named} cannot be downloaded: the hub is out of reach ({_why(error)}) and there is no copy "
-      "from before. Copy the release's folder to this machine and give its path, or set HF_HOME to "
-      "a cache that has it"
-    ) from None
-  except OSError as error:
-    cache = cache_dir or constants.HF_HUB_CACHE
-    raise HubError(
+    )
+  if isinstance(error, OSError) and not isinstance(
+    error, (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+  ):
+    return (
       f"{named} cannot be kept in {cache} ({error}); make room there, or name another folder: "
       "cache_dir, or HF_HOME for all downloads"
-    ) from None
-  return pathlib.Path(folder)
+    )
+  return (
+    f"{named} cannot be downloaded: the hub is out of reach ({_why(error)}) and there is no copy "
+    "from before. Copy the release's folder to this machine and give its path, or set HF_HOME to "
+    "a cache that has it"
+  )
 
 
 def _why(error: BaseException) -> str:

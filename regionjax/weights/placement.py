@@ -9,13 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from regionjax.weights.leaves import Leaf
+from regionjax.weights.leaves import Leaf, as_leaf
+from regionjax.weights.tensors import Tensor
 
 Progress = Callable[[str, int, int], None]
 
 
 def place(
-  leaves: Mapping[str, Leaf],
+  leaves: Mapping[str, Leaf | Tensor],
   shardings: Mapping[str, Sharding] | Sharding,
   *,
   dtype: Any = None,
@@ -27,7 +28,7 @@ def place(
   hosts each calls this with the same leaves and reads only what its own devices hold.
 
   Args:
-    leaves: by path; in what follows their order.
+    leaves: by path, as a conversion's plan or an open release gives them.
     shardings: one for all, or one for each path.
     dtype: of the arrays; None keeps each leaf's. Cast on the host, slice by slice.
     progress: called with (path, leaves done, leaves in all).
@@ -37,15 +38,29 @@ def place(
 
   Raises:
     KeyError: a leaf without a sharding.
-    ValueError: jax's, for a shape that a sharding cannot divide.
+    ValueError: a shape that its sharding cannot divide, in jax's words. As for a leaf without one,
+      nothing has been read.
   """
+  if isinstance(shardings, Sharding):
+    shardings = dict.fromkeys(leaves, shardings)
+  for path, leaf in leaves.items():
+    _check(path, tuple(leaf.shape), shardings[path])
   arrays = {}
-  for done, (path, leaf) in enumerate(leaves.items(), 1):
-    sharding = shardings if isinstance(shardings, Sharding) else shardings[path]
-    arrays[path] = _place(leaf, sharding, np.dtype(leaf.dtype if dtype is None else dtype))
+  for done, (path, values) in enumerate(leaves.items(), 1):
+    leaf = as_leaf(values)
+    arrays[path] = _place(leaf, shardings[path], np.dtype(leaf.dtype if dtype is None else dtype))
     if progress:
       progress(path, done, len(leaves))
   return arrays
+
+
+def _check(path: str, shape: tuple[int, ...], sharding: Sharding) -> None:
+  """jax's own checks, which don't know the name, before minutes of reading."""
+  try:
+    jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+    sharding.shard_shape(shape)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
 
 
 def _place(leaf: Leaf, sharding: Sharding, dtype: np.dtype) -> jax.Array:

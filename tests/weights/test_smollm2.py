@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from regionjax.config import DecoderConfig, ModelConfig, PromptConfig, RegionConfig
 from regionjax.conversation import Renderer
 from regionjax.data.schema import Example, Turn
 from regionjax.models.decoder import Decoder, init_cache
 from regionjax.tokenizer import Tokenizer
+from regionjax.weights.check import load_gguf
 from regionjax.weights.families import llama
 from regionjax.weights.families.gguf import as_hf, config_from_gguf
 from regionjax.weights.gguf_file import open_gguf
@@ -74,12 +74,7 @@ def their_tokenizer(path):
 
 @pytest.fixture(scope="module")
 def theirs(path) -> LlamaForCausalLM:
-  """`from_pretrained(gguf_file=...)` without the package accelerate, which it asks for."""
-  model = LlamaForCausalLM(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-  state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
-  state["lm_head.weight"] = state["model.embed_tokens.weight"]
-  model.load_state_dict(state)
-  return model.eval()
+  return load_gguf(path)
 
 
 @pytest.fixture(scope="module")
