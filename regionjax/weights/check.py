@@ -170,7 +170,7 @@ def check_tower(tower: Any, config: VisionConfig, params: Mapping[str, Any]) -> 
   depth = jax.tree.leaves(params["vision"]["layers"])[0].shape[0]
   module = VisionTransformer(config, depth=depth)
   hidden = module.apply({"params": params["vision"]}, images_bhwc)
-  names = ["embeddings", *(f"vision block {i}" for i in range(depth))]
+  names = ["vision embeddings", *(f"vision block {i}" for i in range(depth))]
   return [
     Row(name, relative(ours, theirs.numpy()), WHOLE if i == depth else BLOCK)
     for i, (name, ours, theirs) in enumerate(zip(names, hidden, out.hidden_states))
