@@ -104,13 +104,14 @@ def check(
     log: told what is being done.
 
   Raises:
-    WeightsError: torch is not installed, or memory does not suffice for transformers' model.
+    WeightsError: torch is not installed.
   """
   opened = release.open_release(made)
   report = Report()
   log("comparing bits")
   check_bits(arranged, opened, report)
-  log("running transformers beside this program, in float32")
+  if arranged.family != "gpt4roi":
+    log("running transformers beside this program, in float32")
   model = opened.config.model
   path = pathlib.Path(arranged.steps[-1].source.where)
   folder = path if path.is_dir() else path.parent

@@ -7,6 +7,7 @@ memory of what it read. So a 13 GB model passes through a few hundred megabytes.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -48,7 +49,7 @@ class Leaf(Protocol):
     ...
 
 
-class LazyLeaf:
+class LazyLeaf(abc.ABC):
   """A leaf made of `array()`: a view of a file, or computed anew by each call."""
 
   def __init__(self, shape: Iterable[int], dtype: Any):
@@ -58,12 +59,13 @@ class LazyLeaf:
   def __repr__(self) -> str:
     return f"{type(self).__name__}({list(self.shape)}, {self.dtype.name})"
 
+  @abc.abstractmethod
   def array(self) -> np.ndarray:
     """All of it."""
-    raise NotImplementedError
 
   def release(self) -> None:
     """Gives back the memory that reading has filled."""
+    return
 
   def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
     array = self.array()
