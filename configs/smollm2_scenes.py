@@ -95,8 +95,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       coordinates="unit2", max_vertices=5,
     ),
     data=DataConfig(
-      # 10 to 12 questions are 240 tokens on average; those past the row's end are left out.
-      sources=(SourceConfig("scenes", args={"seed": options.seed, "turns": (10, 12)}),),
+      # Nine questions are 240 tokens on average; those past the row's end are left out.
+      sources=(SourceConfig("scenes", args={"seed": options.seed, "turns": (9, 11), "answers": "sentence"}),),
       rows=8,
       tokens_per_row=256,
       images_per_row=2,  # evaluation packs short examples

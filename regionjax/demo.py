@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
   from regionjax.evaluate.protocol import evaluate, progress_line
   from regionjax.evaluate.report import bar_chart
-  from regionjax.evaluate.scenes import scenes_questions
+  from regionjax.evaluate.scenes import answers_of, scenes_questions
   from regionjax.infer.chat import load
 
   chat = load(args.checkpoint)
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
   print(f"{len(CARDS)} pictures and {args.n} questions about scenes the model has never seen")
   captions = [make_card(chat, card, args.out) for card in CARDS]
   title = f"{chat.config.name}: unseen scenes, unseen handwritten digits"
-  report = evaluate(chat, scenes_questions(args.n), title=title, progress=progress_line)
+  questions = scenes_questions(args.n, answers=answers_of(chat.config))
+  report = evaluate(chat, questions, title=title, progress=progress_line)
   table = report.table()
   bar_chart(report, args.out / "summary.png")
   (args.out / "table.txt").write_text(table, encoding="utf-8")
@@ -117,12 +118,13 @@ def make_card(chat: RegionChat, card: Card, out: Path) -> str:
   from regionjax.data.sources import load_image
   from regionjax.data.sources.scenes import ScenesSource
   from regionjax.evaluate.accuracy import is_right, questions_of
-  from regionjax.evaluate.scenes import SEED
+  from regionjax.evaluate.scenes import SEED, answers_of
   from regionjax.infer.cards import session_card
 
   source = ScenesSource(
-    "test", SEED, tasks=card.tasks, references=(card.reference,), turns=card.turns
-  )
+    "test", SEED, tasks=card.tasks, references=(card.reference,), turns=card.turns,
+    answers=answers_of(chat.config),
+  )  # fmt: skip
   # Not every scene allows so many questions of one kind; the first that does is taken.
   tries = (source[i] for i in range(card.scene, card.scene + 100))
   example = next((e for e in tries if len(questions_of(e)) >= card.turns), source[card.scene])

@@ -1,5 +1,7 @@
 """How questions are put: several forms of each, shared by the sources whose tasks agree.
 
+And how a short answer becomes a sentence: one form of each, so that exact match means something.
+
 `{r}` stands for a region's mention, `{a}`, `{b}`, `{c}` for several; the other fields are words.
 A checkpoint that learnt the forms here on scenes meets them again in `coco`.
 """
@@ -172,3 +174,46 @@ FOLLOW = {
            "Which digit or word is it?"),
 }  # fmt: skip
 SAME_OF = ("And {r}?", "What about {r}?", "And what about {r}?", "Now {r}.", "The same for {r}?")
+# What is asked about an object, and the sentence that answers it.
+SENTENCES = {
+  "category": "It is {p}.",
+  "colour": "It is {a}.",
+  "texture": "It is {a}.",
+  "size": "It is {a}.",
+  "text": "It says {a}.",
+  "caption": "It is {a}.",
+  "which": "It is the {a} one.",
+  "which is larger": "The {a} one is larger.",
+  "box": "It is at {a}.",
+  "objects": "The image shows {a}.",
+}
+# Relations of two regions: yes, no.
+RELATED = {
+  "same colour": ("Yes, they have the same colour.", "No, their colours differ."),
+  "same kind": ("Yes, they are of the same kind.", "No, their kinds differ."),
+  "larger": ("Yes, it is larger.", "No, it is smaller."),
+  "left": ("Yes, it is further left.", "No, it is further right."),
+  "above": ("Yes, it is higher.", "No, it is lower."),
+}
+AGREED = ("Yes, it is.", "No, it is not.")
+
+
+def with_article(noun: str) -> str:
+  """`a star`, `an orange moon`."""
+  return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def sentence(about: str, answer: str) -> str:
+  """A short answer as a sentence; a letter, which only points at an option, stays as it is.
+
+  Args:
+    about: what is asked, as a source notes it: an aspect, a relation, 'number', 'box' and so on.
+    answer: the short answer.
+  """
+  if answer.startswith("("):
+    return answer
+  if answer in ("yes", "no"):
+    return RELATED.get(about, AGREED)[answer == "no"]
+  if about == "number":
+    return f"There {'is' if answer == '1' else 'are'} {answer}."
+  return SENTENCES[about].format(a=answer, p=with_article(answer))

@@ -1,9 +1,10 @@
 """Questions about a scene, their answers, and what a blind guess would score.
 
-Answers are short and of one fixed form, so that exact match means something. A question that
-depends on a region is drawn so that, without the region, nothing beats answering for some object of
-the scene at random: the answer is drawn evenly among those that the scene's objects would give, and
-only then the object; yes and no are equally likely; letters and positions are drawn evenly.
+Answers are of one fixed form, a short phrase or a sentence, so that exact match means something. A
+question that depends on a region is drawn so that, without the region, nothing beats answering for
+some object of the scene at random: the answer is drawn evenly among those that the scene's objects
+would give, and only then the object; yes and no are equally likely; letters and positions are drawn
+evenly.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _phrase(category: str, colour: str, size: str, texture: str) -> str:
 
 def coloured(thing: Thing) -> str:
   """`a red star`, `an orange moon`."""
-  return f"{'an' if thing.colour == 'orange' else 'a'} {thing.colour} {thing.category}"
+  return phrases.with_article(f"{thing.colour} {thing.category}")
 
 
 class Asker:
@@ -61,10 +62,13 @@ class Asker:
     draw: chance.
     references: kinds of reference, used in turn.
     first: which of them comes first.
+    sentences: answers are sentences, not phrases.
   """
 
-  def __init__(self, scene: Scene, draw: Draw, references: Sequence[str], first: int):
-    self.scene, self.draw = scene, draw
+  def __init__(
+    self, scene: Scene, draw: Draw, references: Sequence[str], first: int, *, sentences: bool
+  ):
+    self.scene, self.draw, self.sentences = scene, draw, sentences
     self.regions: list[Region] = []
     self.turns: list[Turn] = []
     self.notes: list[dict[str, Any]] = []  # one per answer
@@ -89,10 +93,14 @@ class Asker:
 
     Args:
       about: what of the object is asked.
+      answer: in short, as are `others`; a sentence is made of them here.
       kind: of the references in the question.
       others: what the answer would be for other objects of the scene; None if the question
         doesn't depend on a region.
     """
+    if self.sentences:
+      answer = phrases.sentence(about, answer)
+      others = None if others is None else [phrases.sentence(about, other) for other in others]
     self.turns += [Turn("user", question), Turn("assistant", answer, supervise=True, task=task)]
     note: dict[str, Any] = {
       "task": task, "about": about, "ref": kind, "region_dependent": others is not None,
@@ -264,9 +272,7 @@ def _claim(a: Asker, aspects: Sequence[str]) -> tuple[int, str, str, dict[int, b
 
 
 def _predicate(aspect: str, claimed: str) -> str:
-  if aspect != "category":
-    return claimed
-  return f"{'an' if claimed[0] in 'aeiou' else 'a'} {claimed}"
+  return phrases.with_article(claimed) if aspect == "category" else claimed
 
 
 def yesno(a: Asker) -> bool:

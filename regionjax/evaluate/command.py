@@ -74,14 +74,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _questions(args: argparse.Namespace) -> list[Question]:
   from regionjax.evaluate.accuracy import collect
-  from regionjax.evaluate.scenes import scenes_questions
+  from regionjax.evaluate.scenes import answers_of, scenes_questions
+  from regionjax.weights import release
 
   if args.source == "scenes":
     for name in ("annotations", "images", "strict"):
       if getattr(args, name):
         raise DataError(f"--{name} belongs to --source coco")
     tasks = [t.strip() for t in args.tasks.split(",") if t.strip()] if args.tasks else None
-    return scenes_questions(args.n, split=args.split, seed=args.seed, tasks=tasks)
+    style = answers_of(release.load_config(release.find(args.checkpoint)))
+    return scenes_questions(args.n, split=args.split, seed=args.seed, tasks=tasks, answers=style)
   if not args.annotations or not args.images:
     raise DataError(f"--source {args.source} needs --annotations FILE and --images FOLDER")
   if args.tasks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from regionjax.config import Config
 from regionjax.data.errors import DataError
 from regionjax.data.scenes_dialogue import TASKS
 from regionjax.data.sources.scenes import ScenesSource
@@ -20,6 +21,7 @@ def scenes_questions(
   split: str = "test",
   seed: int = SEED,
   tasks: Sequence[str] | None = None,
+  answers: str = "phrase",
 ) -> list[Question]:
   """At least `n` questions, shared evenly over tasks; references take turns within each task.
 
@@ -30,6 +32,7 @@ def scenes_questions(
     n: least number; up to three more per task, since a dialogue holds two to four.
     split, seed: of the scenes, see `ScenesSource`.
     tasks: names of tasks; None: all.
+    answers: 'phrase' or 'sentence'; `answers_of` says what a model learnt.
 
   Raises:
     DataError: an unknown split or task; the message lists what there is.
@@ -40,8 +43,14 @@ def scenes_questions(
   quota = -(-n // len(names))
   by_task = []
   for k, task in enumerate(names):
-    source = ScenesSource(split, seed, tasks=[task], turns=1)
+    source = ScenesSource(split, seed, tasks=[task], turns=1, answers=answers)
     by_task.append(collect(source, quota, start=k * _APART))
   # Mixed, so that the batches of a run are alike and few shapes are compiled.
   mixed = itertools.chain.from_iterable(itertools.zip_longest(*by_task))
   return [question for question in mixed if question is not None]
+
+
+def answers_of(config: Config) -> str:
+  """The form of answers that a model learnt from the scenes: 'phrase', unless its run said so."""
+  styles = (s.args.get("answers", "phrase") for s in config.data.sources if s.name == "scenes")
+  return next(styles, "phrase")

@@ -43,6 +43,12 @@ def model_for(
   return RegionLM(config, image_slot_id=image_slot_id, region_slot_id=region_slot_id)
 
 
+def head_params(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+  """The parameters that `RegionLM.logits` reads, nested as in the whole tree."""
+  table = "embed" if config.decoder.tie_embeddings else "head"
+  return {"decoder": {table: params["decoder"][table]}}
+
+
 def batch_shapes(
   config: ModelConfig, *, rows: int, tokens: int, images: int, regions: int
 ) -> dict[str, jax.ShapeDtypeStruct]:

@@ -110,6 +110,14 @@ class RegionLM(nn.Module):
     Args:
       batch: the arrays of `data.schema.Batch`; targets, weights and answer ids are not read.
     """
+    return self.logits(self.hidden(batch))
+
+  def logits(self, x_btd: Array) -> Array:
+    """The output layer alone, [B, T, D] to [B, T, V] f32; see `params.head_params`."""
+    return self.decoder.logits(x_btd)
+
+  def hidden(self, batch: Mapping[str, Array]) -> Array:
+    """What the output layer reads of a packed batch, [B, T, D]."""
     features = self.encode_images(batch["images_bkhwc"])
     regions_brd = self.encode_regions(
       features.maps,
@@ -123,7 +131,7 @@ class RegionLM(nn.Module):
     x_btd, _ = self.decoder(
       x_btd, positions_bt=batch["positions_bt"], segment_ids_bt=batch["segment_ids_bt"]
     )
-    return self.decoder.logits(x_btd)
+    return x_btd
 
   def encode_images(self, images_bkhwc: Array) -> ImageFeatures:
     """Everything that depends on the images alone.

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from regionjax.config import Config, SourceConfig
 from regionjax.data.scenes_dialogue import TASKS
 from regionjax.mesh import put_batch
-from regionjax.train.step import Apply, make_eval_step
+from regionjax.train.step import Forward, make_eval_step
 
 Batches = Sequence[tuple[Any, Any]]  # (batch, meta) as data.pipeline gives them, all hosts' rows
 
@@ -65,15 +65,15 @@ class Evaluator:
   """Evaluates parameters on the same batches every time.
 
   Args:
-    apply: (params, batch) -> logits.
+    forward: the model.
     batches: `(batch, meta)` with the rows of all hosts.
     mesh: where to run.
   """
 
-  def __init__(self, apply: Apply, batches: Batches, mesh: Mesh) -> None:
+  def __init__(self, forward: Forward, batches: Batches, mesh: Mesh) -> None:
     self._batches, self._mesh = batches, mesh
     most = max((int(b["answer_ids_bt"].max()) for b, _ in batches), default=0)
-    self._step = make_eval_step(apply, max(most, 1), mesh)
+    self._step = make_eval_step(forward, max(most, 1), mesh)
 
   def __call__(self, trainable: Any, frozen: Any) -> Evaluation:
     """Evaluates; reads each batch's result while the next one computes."""

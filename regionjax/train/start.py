@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -25,10 +26,11 @@ from regionjax.train.state import (
   abstract,
   make_init,
 )
-from regionjax.train.step import Apply, make_train_step
+from regionjax.train.step import Forward, make_train_step
 from regionjax.train.summary import source_reports
 
 Log = Callable[[str], None]
+Init = Callable[[jax.Array], Params]  # key -> parameters
 
 
 @dataclasses.dataclass
@@ -76,7 +78,7 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
   reports = source_reports(sources)
   for report in reports:
     log(report["text"])
-  apply, init = model_functions(config, tokenizer)
+  forward, init = model_functions(config, tokenizer)
   optimizer = make_optimizer(config.train)
   build = make_init(config, init, optimizer)
   same = meshes.replicated(mesh)
@@ -88,7 +90,7 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
     given = given_params(config, shapes, tokenizer, log=log)
   evaluator = None
   if config.train.eval_every > 0:
-    evaluator = Evaluator(apply, held_out_batches(config, renderer), mesh)
+    evaluator = Evaluator(forward, held_out_batches(config, renderer), mesh)
 
   with contextlib.ExitStack() as on_failure:
     lock = workdirs.lock(workdir)
@@ -108,7 +110,7 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
       state, record = restored
       ledger = _resume(record, pipeline, tokenizer)
       log(f"going on from step {ledger.step} in {workdir}")
-    step = make_train_step(config, apply, optimizer, mesh)
+    step = make_train_step(config, forward, optimizer, mesh)
     on_failure.pop_all()
   return Run(
     config, workdir, mesh, tokenizer, pipeline, step, evaluator, checkpoints, state, ledger,
@@ -122,9 +124,9 @@ def create_state(config: Config, tokenizer: Any, rng: jax.Array) -> TrainState:
   return jax.jit(make_init(config, init, make_optimizer(config.train)))(rng, {})
 
 
-def model_functions(config: Config, tokenizer: Any) -> tuple[Apply, Callable[[jax.Array], Params]]:
-  """(params, batch) -> logits, and key -> params."""
-  from regionjax.models.params import init_params, model_for
+def model_functions(config: Config, tokenizer: Any) -> tuple[Forward, Init]:
+  """The model of a run, and key -> its parameters."""
+  from regionjax.models.params import head_params, init_params, model_for
 
   model = model_for(
     config.model,
@@ -132,11 +134,16 @@ def model_functions(config: Config, tokenizer: Any) -> tuple[Apply, Callable[[ja
     region_slot_id=tokenizer.region_slot_id,
   )
 
-  def apply(params: Params, batch: Any) -> jax.Array:
-    logits: Any = model.apply({"params": params}, batch)
+  def hidden(params: Params, batch: Any) -> jax.Array:
+    x_btd: Any = model.apply({"params": params}, batch, method="hidden")
+    return x_btd
+
+  def head(params: Params, x_btd: jax.Array) -> jax.Array:
+    logits: Any = model.apply({"params": params}, x_btd, method="logits")
     return logits
 
-  return apply, lambda key: init_params(config.model, key)
+  forward = Forward(hidden, head, functools.partial(head_params, config.model))
+  return forward, lambda key: init_params(config.model, key)
 
 
 def check(config: Config, mesh: Mesh, tokenizer: Any) -> None:

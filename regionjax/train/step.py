@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,31 @@ from jax.sharding import Mesh
 
 from regionjax.config import Config
 from regionjax.mesh import batch_sharding, replicated
-from regionjax.ops.losses import cross_entropy
+from regionjax.ops.losses import head_choices, head_cross_entropy
 from regionjax.train.optim import learning_rate
 from regionjax.train.state import TrainState, merge
 
-Apply = Callable[[Any, Any], jax.Array]  # (params, batch) -> logits_btv
+
+class Forward(NamedTuple):
+  """A model in two parts, so that the output layer runs only where something is supervised.
+
+  Attributes:
+    hidden: (parameters, batch) -> [B, T, D].
+    head: (its parameters, [B, T, D]) -> logits [B, T, V].
+    head_params: all parameters -> the head's.
+  """
+
+  hidden: Callable[[Any, Any], jax.Array]
+  head: Callable[[Any, jax.Array], jax.Array]
+  head_params: Callable[[Any], Any]
 
 
-def loss_sums(apply: Apply, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+def loss_sums(forward: Forward, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
   """Summed cross-entropy and summed weight of one (micro)batch, both float32 scalars."""
-  return cross_entropy(apply(params, batch), batch["targets_bt"], batch["loss_weights_bt"])
+  return head_cross_entropy(
+    forward.head, forward.head_params(params), forward.hidden(params, batch),
+    batch["targets_bt"], batch["loss_weights_bt"],
+  )  # fmt: skip
 
 
 def microbatches(batch: Any, count: int) -> Any:
@@ -41,7 +56,7 @@ def microbatches(batch: Any, count: int) -> Any:
 
 
 def gradients(
-  apply: Apply, trainable: Any, frozen: Any, batch: Any, *, accumulate: int = 1
+  forward: Forward, trainable: Any, frozen: Any, batch: Any, *, accumulate: int = 1
 ) -> tuple[Any, jax.Array, jax.Array]:
   """Gradients of the mean loss over the supervised tokens of the whole batch.
 
@@ -54,7 +69,7 @@ def gradients(
   """
 
   def total(trainable: Any, part: Any) -> tuple[jax.Array, jax.Array]:
-    return loss_sums(apply, merge(trainable, frozen), part)
+    return loss_sums(forward, merge(trainable, frozen), part)
 
   grad = jax.value_and_grad(total, has_aux=True)
 
@@ -86,7 +101,12 @@ def counts(batch: Any) -> dict[str, jax.Array]:
 
 
 def train_step(
-  config: Config, apply: Apply, optimizer: Any, state: TrainState, batch: Any, progress: jax.Array
+  config: Config,
+  forward: Forward,
+  optimizer: Any,
+  state: TrainState,
+  batch: Any,
+  progress: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update. `progress` (float32 scalar in [0, 1]) drives the learning rate.
 
@@ -94,7 +114,7 @@ def train_step(
     The new state, and scalars: loss_sum, weight_sum, grad_norm, learning_rate, and `counts`.
   """
   grads, loss, weight = gradients(
-    apply, state.trainable, state.frozen, batch, accumulate=config.train.accumulate
+    forward, state.trainable, state.frozen, batch, accumulate=config.train.accumulate
   )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
   rate = learning_rate(config.train, state.step, progress)
@@ -110,7 +130,7 @@ def train_step(
 
 
 def eval_step(
-  apply: Apply, answers: int, trainable: Any, frozen: Any, batch: Any
+  forward: Forward, answers: int, trainable: Any, frozen: Any, batch: Any
 ) -> dict[str, jax.Array]:
   """Loss and exactness of each answer, teacher-forced.
 
@@ -124,10 +144,12 @@ def eval_step(
   Returns:
     loss_sum, weight_sum (float32 scalars), right_ba and present_ba (bool [B, answers]).
   """
-  logits = apply(merge(trainable, frozen), batch)
-  loss, weight = cross_entropy(logits, batch["targets_bt"], batch["loss_weights_bt"])
-  ids = batch["answer_ids_bt"]
-  wrong = (jnp.argmax(logits, axis=-1) != batch["targets_bt"]) & (ids > 0)
+  params, ids = merge(trainable, frozen), batch["answer_ids_bt"]
+  loss, weight, chosen_bt = head_choices(
+    forward.head, forward.head_params(params), forward.hidden(params, batch),
+    batch["targets_bt"], batch["loss_weights_bt"], ids > 0,
+  )  # fmt: skip
+  wrong = (chosen_bt != batch["targets_bt"]) & (ids > 0)
   spread = jax.nn.one_hot(ids - 1, answers, dtype=jnp.bool_)  # padding (-1) is all False
   wrong_ba = jnp.any(spread & wrong[..., None], axis=1)
   present_ba = jnp.any(spread, axis=1)
@@ -139,23 +161,23 @@ def eval_step(
   }
 
 
-def make_train_step(config: Config, apply: Apply, optimizer: Any, mesh: Mesh) -> Callable:
+def make_train_step(config: Config, forward: Forward, optimizer: Any, mesh: Mesh) -> Callable:
   """`train_step` jitted on a mesh: (state, batch, progress) -> (state, metrics); donates state."""
   same, rows = replicated(mesh), batch_sharding(mesh)
 
   def step(state: TrainState, batch: Any, progress: jax.Array) -> Any:
-    return train_step(config, apply, optimizer, state, batch, progress)
+    return train_step(config, forward, optimizer, state, batch, progress)
 
   return jax.jit(
     step, in_shardings=(same, rows, same), out_shardings=(same, same), donate_argnums=0
   )
 
 
-def make_eval_step(apply: Apply, answers: int, mesh: Mesh) -> Callable:
+def make_eval_step(forward: Forward, answers: int, mesh: Mesh) -> Callable:
   """`eval_step` jitted on a mesh: (trainable, frozen, batch) -> sums and flags."""
   same, rows = replicated(mesh), batch_sharding(mesh)
 
   def step(trainable: Any, frozen: Any, batch: Any) -> Any:
-    return eval_step(apply, answers, trainable, frozen, batch)
+    return eval_step(forward, answers, trainable, frozen, batch)
 
   return jax.jit(step, in_shardings=(same, same, rows), out_shardings=same)

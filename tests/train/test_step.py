@@ -17,6 +17,7 @@ from regionjax.mesh import make_mesh, replicated
 from regionjax.train.optim import make_optimizer
 from regionjax.train.state import make_init, split
 from regionjax.train.step import (
+  Forward,
   counts,
   eval_step,
   gradients,
@@ -26,10 +27,11 @@ from regionjax.train.step import (
   train_step,
 )
 
-
-def apply(params, batch):
-  x_btd = params["embed"]["embedding"][batch["tokens_bt"]]
-  return x_btd @ params["head"]["kernel"] + params["head"]["bias"][None, None]
+BIGRAMS = Forward(
+  hidden=lambda params, batch: params["embed"]["embedding"][batch["tokens_bt"]],
+  head=lambda head, x_btd: x_btd @ head["kernel"] + head["bias"][None, None],
+  head_params=lambda params: params["head"],
+)
 
 
 def init(key):
@@ -66,8 +68,8 @@ def test_accumulation_equals_the_big_batch(micro, params, random_batch, count):
   batch = random_batch(micro)
   weights = microbatches(batch, count)["loss_weights_bt"].sum((1, 2))
   assert len(set(weights.tolist())) > 1, "equal weights would hide a mean of means"
-  one = jax.jit(lambda: gradients(apply, params, {}, batch))()
-  parts = jax.jit(lambda: gradients(apply, params, {}, batch, accumulate=count))()
+  one = jax.jit(lambda: gradients(BIGRAMS, params, {}, batch))()
+  parts = jax.jit(lambda: gradients(BIGRAMS, params, {}, batch, accumulate=count))()
   assert distance(parts, one) < 1e-5
 
 
@@ -81,7 +83,7 @@ def test_microbatches_hold_every_row_once(micro, random_batch):
 def test_a_batch_without_targets_has_zero_gradient(micro, params, random_batch):
   batch = random_batch(micro)
   batch["loss_weights_bt"][:] = 0
-  grads, loss, weight = jax.jit(lambda: gradients(apply, params, {}, batch))()
+  grads, loss, weight = jax.jit(lambda: gradients(BIGRAMS, params, {}, batch))()
   assert float(loss) == float(weight) == 0
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
@@ -89,8 +91,8 @@ def test_a_batch_without_targets_has_zero_gradient(micro, params, random_batch):
 def test_the_gradient_of_a_part_is_that_of_the_whole(micro, params, random_batch):
   batch = random_batch(micro)
   trainable, frozen = split(params, ["head/.*"])
-  whole = jax.jit(lambda: gradients(apply, params, {}, batch)[0])()
-  part = jax.jit(lambda: gradients(apply, trainable, frozen, batch)[0])()
+  whole = jax.jit(lambda: gradients(BIGRAMS, params, {}, batch)[0])()
+  part = jax.jit(lambda: gradients(BIGRAMS, trainable, frozen, batch)[0])()
   assert set(part) == {"head"}
   assert distance(part["head"], whole["head"]) < 1e-6
 
@@ -101,7 +103,7 @@ def test_a_step_lowers_the_loss_and_keeps_what_is_frozen(micro, random_batch):
   )
   state = build(config)
   frozen = jax.tree.map(np.array, state.frozen)
-  step = make_train_step(config, apply, make_optimizer(config.train), one_device())
+  step = make_train_step(config, BIGRAMS, make_optimizer(config.train), one_device())
   batch, losses = random_batch(config), []
   for k in range(10):
     given = state
@@ -118,8 +120,8 @@ def test_a_step_lowers_the_loss_and_keeps_what_is_frozen(micro, random_batch):
 def test_the_step_is_the_same_unjitted(micro, random_batch):
   state, batch, progress = build(micro), random_batch(micro), jnp.float32(0.25)
   optimizer = make_optimizer(micro.train)
-  plain = train_step(micro, apply, optimizer, state, batch, progress)
-  jitted = make_train_step(micro, apply, optimizer, one_device())(state, batch, progress)
+  plain = train_step(micro, BIGRAMS, optimizer, state, batch, progress)
+  jitted = make_train_step(micro, BIGRAMS, optimizer, one_device())(state, batch, progress)
   assert distance(jitted[0].trainable, plain[0].trainable) < 1e-5
   assert distance(jitted[1], plain[1]) < 1e-5
 
@@ -136,7 +138,8 @@ def test_exact_answers_are_those_that_a_loop_finds(micro, random_batch):
   targets, ids = batch["targets_bt"], batch["answer_ids_bt"]
   said = np.where(np.random.default_rng(1).random(targets.shape) < 0.8, targets, 0)
   said[0] = targets[0]
-  judge = functools.partial(eval_step, lambda params, batch: jax.nn.one_hot(said, 200), 4)
+  parrot = Forward(lambda params, batch: jax.nn.one_hot(said, 200), lambda _, x: x, lambda _: {})
+  judge = functools.partial(eval_step, parrot, 4)
   out = jax.jit(judge)({}, {}, batch)
   assert out["right_ba"].shape == (micro.data.rows, 4)
   for row in range(micro.data.rows):
@@ -150,18 +153,18 @@ def test_exact_answers_are_those_that_a_loop_finds(micro, random_batch):
 
 def test_the_eval_step_has_the_training_loss(micro, params, random_batch):
   batch = random_batch(micro)
-  _, loss, weight = jax.jit(lambda: gradients(apply, params, {}, batch))()
-  out = make_eval_step(apply, 3, one_device())(params, {}, batch)
+  _, loss, weight = jax.jit(lambda: gradients(BIGRAMS, params, {}, batch))()
+  out = make_eval_step(BIGRAMS, 3, one_device())(params, {}, batch)
   np.testing.assert_allclose(out["loss_sum"], loss, rtol=1e-6)
   np.testing.assert_allclose(out["weight_sum"], weight)
 
 
 EIGHT = """
-import pickle, sys
+import pickle, sys, types
 import jax, numpy as np
 from regionjax.mesh import make_mesh, put_batch, replicated
-from regionjax.models.params import init_params, model_for
 from regionjax.train.optim import make_optimizer
+from regionjax.train.start import model_functions
 from regionjax.train.state import make_init
 from regionjax.train.step import make_eval_step, make_train_step
 
@@ -171,15 +174,15 @@ one = make_mesh(devices=jax.devices()[:1])
 meshes = {"one": one, "eight": make_mesh(), "mixed": make_mesh(data=2, fsdp=2, tensor=2)}
 results = {}
 for name, config in configs.items():
-  model = model_for(config.model, image_slot_id=5, region_slot_id=6)
-  apply = lambda params, batch: model.apply({"params": params}, batch)
+  slots = types.SimpleNamespace(image_slot_id=5, region_slot_id=6)
+  forward, init = model_functions(config, slots)
   optimizer, mesh = make_optimizer(config.train), meshes[name]
-  build = make_init(config, lambda key: init_params(config.model, key), optimizer)
+  build = make_init(config, init, optimizer)
   if name == "one":
     first = jax.tree.map(np.asarray, jax.jit(build)(jax.random.key(0), {}))
   state = jax.device_put(first, replicated(mesh))
-  step = make_train_step(config, apply, optimizer, mesh)
-  evaluate = make_eval_step(apply, 3, mesh)
+  step = make_train_step(config, forward, optimizer, mesh)
+  evaluate = make_eval_step(forward, 3, mesh)
   losses = []
   for k in range(steps + 1):
     rows = put_batch(batch, mesh)

@@ -16,6 +16,7 @@ from regionjax.data.scenes_world import SPLITS, Draw
 from regionjax.data.schema import Example, ImageRef
 
 LENGTH = 2**31 - 1  # the most that a 32-bit shuffle can address; nobody reaches the end
+ANSWERS = ("phrase", "sentence")
 MAX_REGIONS = 16  # an example asks nothing more once it has so many
 
 
@@ -31,6 +32,7 @@ class ScenesSource:
     image_size: side of the images in pixels, 96 to 256. Another size is another set of scenes.
     turns: least and greatest number of questions of an example. Evaluate with (1, 1); training with
       several makes more of each image.
+    answers: 'phrase' (`red`) or 'sentence' (`It is red.`), what a pretrained decoder is used to.
 
   Raises:
     DataError: an argument out of range; the message lists what there is.
@@ -42,7 +44,7 @@ class ScenesSource:
     self, split: str = "train", seed: int = 0,
     tasks: Sequence[str] | Mapping[str, float] | None = None,
     references: Sequence[str] = REFERENCES, image_size: int = 128,
-    turns: int | Sequence[int] = (4, 12),
+    turns: int | Sequence[int] = (4, 12), answers: str = "phrase",
   ):  # fmt: skip
     if split not in SPLITS:
       raise DataError(f"scenes split {split!r}: expected one of {', '.join(SPLITS)}")
@@ -62,6 +64,9 @@ class ScenesSource:
         f"scenes turns {turns}: expected (least, greatest) with 1 <= least <= greatest"
       )
     self.turns = (int(low), int(high))
+    if answers not in ANSWERS:
+      raise DataError(f"scenes answers {answers!r}: expected one of {', '.join(ANSWERS)}")
+    self.answers = answers
 
   def __len__(self) -> int:
     return LENGTH
@@ -85,7 +90,8 @@ class ScenesSource:
     scene = make_scene(self.split, self.seed, scene_index, self.image_size)
     draw = Draw("ask", self.split, self.seed, scene_index, self.image_size)
     wanted = self.turns[0] + draw.below(self.turns[1] - self.turns[0] + 1)
-    asker = Asker(scene, draw, self.references, index)
+    sentences = self.answers == "sentence"
+    asker = Asker(scene, draw, self.references, index, sentences=sentences)
     weights = dict(self.weights)
     while weights and len(asker.notes) < wanted and len(asker.regions) < MAX_REGIONS:
       task = draw.weighted(tuple(weights), tuple(weights.values()))
