@@ -193,6 +193,7 @@ def _memory(stats: Any, program: Program, topology: Topology) -> dict[str, Any]:
     "aliased": stats.alias_size_in_bytes,
     "temporaries": stats.temp_size_in_bytes,
     "code": stats.generated_code_size_in_bytes,
+    "padding": stats.argument_size_in_bytes - sum(parts.values()),  # of arguments, to whole tiles
     "peak": peak,
     "parts": parts,
   }
@@ -205,7 +206,9 @@ def _too_large(error: Exception, program: Program, topology: Topology) -> dict[s
     AotError: the compiler failed for another reason.
   """
   text = str(error)
-  used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm", text)
+  used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)B? of [\d.]+[KMGT]?B? hbm", text) or re.search(
+    r"required for HLO temporaries \(([\d.]+)([KMGT]?)B?\)", text
+  )
   if used is None and "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
     raise AotError(f"the compiler failed on {topology.name}: {text[:2000]}") from error
   return {

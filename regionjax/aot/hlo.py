@@ -125,7 +125,7 @@ class Instruction:
   def op_name(self) -> str:
     """Where in the traced program it comes from."""
     match = re.search(r'op_name="([^"]*)"', self.attributes)
-    return match[1] if match else ""
+    return match[1].replace("\\'", "'") if match else ""
 
 
 @dataclasses.dataclass

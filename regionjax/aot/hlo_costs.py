@@ -2,7 +2,8 @@
 
 FLOPs are two per pair that a dot or convolution multiplies. A convolution's padding is counted, as
 the chip multiplies it; the holes of a dilated one are not, because TPU programs write every matrix
-product as a convolution, batches as a dilated window. Elementwise work isn't counted.
+product as a convolution, batches as a dilated window (see `jaxpr_flops.window_pairs`). Elementwise
+work isn't counted.
 
 Bytes are those that a kernel reads from and writes to HBM: operands and results as far as their
 layout doesn't put them on the chip, slices in place of what they are cut from.

@@ -1,8 +1,8 @@
 """FLOPs of a traced program, counted in its jaxpr: exact, with the lengths of scans.
 
 The same rules as for the compiled text (`hlo_costs`): dots and convolutions, two per pair, padding
-counted and holes not, the costliest branch of a conditional. What both count in two different ways
-must agree, or the compiler does work that the program doesn't ask for.
+counted and holes not (see `window_pairs`), the costliest branch of a conditional. What both count
+in two different ways must agree, or the compiler does work that the program doesn't ask for.
 """
 
 from __future__ import annotations
@@ -114,9 +114,11 @@ def window_pairs(
     lhs_dilate: cells from one of the input's to the next; what lies between isn't multiplied.
     rhs_dilate: cells from one of the window's positions to the next.
   """
-  if lhs_dilate == 1:
+  # Padding is multiplied like any cell, with two exceptions in which only the input's own cells
+  # count: a dilated input, where nothing tells padding from holes, and padding by the whole window,
+  # with which TPU programs write an axis that only the other operand has.
+  if lhs_dilate == 1 and (window == 1 or low < (window - 1) * rhs_dilate):
     return size_out * window
-  # Beside a dilated input nothing tells padding from a hole: only the input's own cells count.
   last = (size_in - 1) * lhs_dilate
   pairs = 0
   for o in range(size_out):

@@ -60,7 +60,8 @@ def _facts(v: dict[str, Any]) -> list[tuple[str, str]]:
   facts = [("memory per chip", f"{verdict}: {peak}")]
   facts.append(("  of which", ", ".join(f"{k} {_gib(n)}" for k, n in memory["parts"].items())))
   if "temporaries" in memory:
-    facts.append(("", f"temporaries {_gib(memory['temporaries'])}, code {_gib(memory['code'])}"))
+    more = ("temporaries", "code", "padding")
+    facts.append(("", ", ".join(f"{name} {_gib(memory[name])}" for name in more)))
   if v["program"] == "train":
     facts.append((
       "batch",
@@ -127,7 +128,7 @@ def _gib(count: float) -> str:
   return f"{count / GIB:.2f}"
 
 
-_COLOURS = ("#3b6ea8", "#8fb4dc", "#6a9a58", "#d9b44a", "#c06c4b", "#9a9a9a")
+_COLOURS = ("#3b6ea8", "#8fb4dc", "#6a9a58", "#d9b44a", "#c06c4b", "#9a9a9a", "#d0d0d0")
 
 
 def picture(report: Report, path: Path) -> None:
@@ -145,7 +146,7 @@ def picture(report: Report, path: Path) -> None:
   FigureCanvasAgg(figure)
   upper, lower = figure.subplots(2, 1)
   memory = dict(v["memory"]["parts"])
-  for name in ("temporaries", "code"):
+  for name in ("temporaries", "code", "padding"):
     if name in v["memory"]:
       memory[name] = v["memory"][name]
   _bar(upper, {name: count / GIB for name, count in memory.items()}, "GiB per chip")

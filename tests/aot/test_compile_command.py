@@ -7,6 +7,7 @@ from mesh_cases import eight_heads
 
 from regionjax import cli
 from regionjax.aot import analysis, command, programs, report, topology
+from regionjax.config import RegionConfig
 from regionjax.config_files import load_config
 from regionjax.flops import flops_per_example
 
@@ -30,13 +31,16 @@ def config_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def measured(chips):
-  """A training step of the eight-heads model on four chips, parameters split over all."""
+  """A training step of a model that reads coordinates, parameters split over four chips."""
   config = eight_heads()
+  model = dataclasses.replace(config.model, region=RegionConfig(kind="text"))
+  config = dataclasses.replace(config, model=model)
   program = programs.train(config, chips("v5e:2x2", data=1, fsdp=4))
   text = []
   return analysis.measure(program, topology.parse("v5e:2x2"), keep_text=text), config, text[0]
 
 
+@pytest.mark.slow
 def test_a_tiny_config_end_to_end(config_file, tmp_path, capsys):
   out = tmp_path / "out"
   words = ["compile", config_file, "--topology", "v5e:2x2", "--mesh", "fsdp=4", "--out", str(out)]
@@ -49,6 +53,7 @@ def test_a_tiny_config_end_to_end(config_file, tmp_path, capsys):
   ]  # fmt: skip
   values = json.loads((out / f"{stem}.json").read_text())
   assert values["rows"] == 8 and values["rows_per_chip"] == 2
+  assert values["flops"]["hardware_over_jaxpr"] == pytest.approx(1, abs=analysis.TOLERANCE)
   assert (out / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -85,7 +90,8 @@ def test_what_a_report_says_adds_up(measured):
   assert found["flops"]["model"] == pytest.approx(row * data.rows)
   assert found["flops"]["hardware_over_jaxpr"] == pytest.approx(1, abs=analysis.TOLERANCE)
   memory = found["memory"]
-  assert sum(memory["parts"].values()) == pytest.approx(memory["arguments"], rel=0.05)
+  assert sum(memory["parts"].values()) + memory["padding"] == memory["arguments"]
+  assert memory["padding"] >= 0
   assert memory["peak"] == pytest.approx(
     memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["aliased"]
     + memory["code"]

@@ -15,7 +15,7 @@ HloModule jit_step, is_scheduled=true, num_partitions=4
 }
 
 ENTRY %main (x: bf16[4,128], i: s32[]) -> (bf16[1,128], s32[]) {
-  %x = bf16[4,128]{1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="state.w['a']"}
+  %x = bf16[4,128]{1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="state.w[\\'a\\']"}
   %i = s32[]{:T(128)S(6)} parameter(1), metadata={op_name="i"}
   %start = ((bf16[4,128]{1,0:T(8,128)(2,1)}), bf16[2,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:128]}
   %done = bf16[2,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%start)

@@ -63,6 +63,8 @@ def test_window_pairs():
   assert window_pairs(16, 3, 16, **plain) == 48
   # A batch of 8 written as a window, as TPU programs do: each output meets its own input.
   assert window_pairs(8, 8, 8, stride=7, low=0, lhs_dilate=8, rhs_dilate=1) == 8
+  # Heads that only the weights have: each meets the one cell of the input, the rest is padding.
+  assert window_pairs(1, 8, 8, stride=1, low=7, lhs_dilate=1, rhs_dilate=1) == 8
   # Transposed stride 2: every other position hits a hole.
   assert window_pairs(4, 2, 7, stride=1, low=0, lhs_dilate=2, rhs_dilate=1) == 7
 

@@ -4,7 +4,7 @@ Every attempt is a process of its own that runs `regionjax train`. It is killed 
 from half the time that an undisturbed run takes, counted from when it takes the work folder, and
 started again until the run is finished; then comes the next run. So kills fall into everything that
 a process does: building the state, steps, writes of checkpoints, deletions of old ones,
-evaluations, the export. About 5 s per kill on two idle cores.
+evaluations, the export. An attempt takes about 10 s of CPU time.
 """
 
 import contextlib
@@ -47,13 +47,16 @@ class Command:
   def attempt(self, workdir, kill_after=None):
     """Runs to the end, or until so many seconds after it took the folder; whether it ended."""
     process = self.start(workdir)
-    if kill_after is not None:
-      while process.poll() is None and not holds(process.pid, workdir / ".lock"):
-        time.sleep(0.01)
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=kill_after)
-      process.kill()  # nothing happens to one that has ended
-    code = process.wait(timeout=PATIENCE)
+    try:
+      if kill_after is not None:
+        while process.poll() is None and not holds(process.pid, workdir / ".lock"):
+          time.sleep(0.01)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          process.wait(timeout=kill_after)
+        process.kill()  # nothing happens to one that has ended
+      code = process.wait(timeout=PATIENCE)
+    finally:
+      process.kill()
     if code == -signal.SIGKILL:
       return False
     assert code == 0, workdir.with_suffix(".log").read_text()
