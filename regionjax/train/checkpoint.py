@@ -36,16 +36,30 @@ def checksum(tree: Any) -> jax.Array:
 
 
 class Checkpoints:
-  """Saves and restores a run's state under a work folder."""
+  """Saves and restores a run's state under a work folder.
 
-  def __init__(self, workdir: Path, *, keep: int, log: Callable[[str], None] = print) -> None:
-    self._workdir, self._log = workdir, log
+  Args:
+    workdir: of the run.
+    keep: how many checkpoints stay. None is for readers, under whom the run may be writing: they
+      change nothing in the folder, neither what a run was killed in the middle of nor what is
+      damaged, and bear that checkpoints come and go.
+    log: takes a line of text.
+  """
+
+  def __init__(
+    self, workdir: Path, *, keep: int | None, log: Callable[[str], None] = print
+  ) -> None:
+    self._workdir, self._log, self._reads = workdir, log, keep is None
     self._latest = _manager(workdir / "checkpoints", keep)
-    self._best = _manager(workdir / "best", 1)
+    self._best = _manager(workdir / "best", None if self._reads else 1)
 
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, oldest first."""
-    return sorted(self._latest.all_steps())
+    if not self._reads:
+      return sorted(self._latest.all_steps())
+    # Orbax remembers what it saw. Digits only: what is being written has another name.
+    names = (path.name for path in (self._workdir / "checkpoints").glob("*"))
+    return sorted(int(name) for name in names if name.isdigit())
 
   def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
     """Starts writing a checkpoint; a no-op if this step already has one.
@@ -72,7 +86,8 @@ class Checkpoints:
   def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest readable checkpoint, or None where there is none, not even a damaged one.
 
-    Damaged ones are named through `log`, moved to `damaged/` and passed over. Nothing is deleted.
+    Damaged ones are named through `log`, moved to `damaged/` (not by a reader) and passed over.
+    Nothing is deleted.
 
     Args:
       like: a tree of jax.ShapeDtypeStruct with shardings.
@@ -84,22 +99,26 @@ class Checkpoints:
       CheckpointError: there are checkpoints, and all are damaged; again in each later call, until
         one is put back or `damaged/` is deleted.
     """
-    steps = self.steps()
-    for i, step in enumerate(reversed(steps)):
+    tried: list[int] = []
+    while left := [step for step in self.steps() if step not in tried]:
+      step = left[-1]
+      tried.append(step)
       try:
         return _restore(self._latest, step, like)
       except Exception as error:  # whatever a broken file makes a reader raise
-        older = steps[-2 - i] if i + 1 < len(steps) else None
-        moved = self._set_aside(step)
-        use = f"using step {older}" if older is not None else "and there is no older one"
+        if self._reads and step not in self.steps():
+          continue  # its run has removed it, when a newer one was complete
+        use = f"using step {left[-2]}" if len(left) > 1 else "and there is no older one"
         reason = " ".join(str(error).split())[:160]
-        self._log(f"checkpoint of step {step} is damaged ({reason}); moved to {moved}; {use}")
+        moved = "" if self._reads else f"; moved to {self._set_aside(step)}"
+        self._log(f"checkpoint of step {step} is damaged ({reason}){moved}; {use}")
     lost = self._set_aside_before()
-    if steps or lost:
+    if tried or lost:
       raise CheckpointError(
         f"no checkpoint under {self._workdir} can be read (damaged: steps "
-        f"{', '.join(map(str, lost or steps))}); put a copy of one back into checkpoints/, name "
-        f"another --workdir, or delete {self._workdir / DAMAGED} to start anew from step 0 here"
+        f"{', '.join(map(str, sorted({*lost, *tried})))}); put a copy of one back into "
+        f"checkpoints/, name another --workdir, or delete {self._workdir / DAMAGED} to start anew "
+        "from step 0 here"
       )
     return None
 
@@ -140,9 +159,12 @@ class Checkpoints:
     return target
 
 
-def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
+  """Orbax's own; without `keep` one that opens a folder and leaves it as it is."""
+  # Cleaning up removes what another process is writing at this moment.
+  owns = keep is not None
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+    max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=owns, create=owns
   )
   return ocp.CheckpointManager(folder.absolute(), options=options)
 

@@ -172,6 +172,8 @@ def export_workdir(
 ) -> Path:
   """Makes a release from a work folder, finished or not.
 
+  The folder is only read, so that its run may go on meanwhile.
+
   Args:
     workdir: of the run.
     folder: the release to write.
@@ -192,7 +194,7 @@ def export_workdir(
   tokenizer = load_tokenizer(config.prompt.tokenizer, config.prompt.added_tokens)
   build = make_init(config, model_functions(config, tokenizer)[1], make_optimizer(config.train))
   device = jax.devices()[0]
-  checkpoints = Checkpoints(workdir, keep=config.train.keep, log=log)
+  checkpoints = Checkpoints(workdir, keep=None, log=log)
   try:
     like = abstract(build, jax.sharding.SingleDeviceSharding(device))
     restored = checkpoints.restore_latest(like)

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from train_runs import Watched, compiled_once, run, without_matmul_timing
 
 from regionjax.config import (
   Config,
@@ -114,3 +115,38 @@ def bits():
   import jax
 
   return lambda tree: [np.asarray(jnp.asarray(x)).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+  """The cache's folder."""
+  return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module")
+def compile_once(programs):
+  """See `compiled_once`, for a file of tests."""
+  with compiled_once(programs):
+    yield
+
+
+@pytest.fixture
+def no_matmul_timing(monkeypatch):
+  without_matmul_timing(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, micro, programs):
+  """A straight run of 12 steps, and one stopped at step 9 and resumed: folders and outcomes."""
+  folder = tmp_path_factory.mktemp("runs")
+  with pytest.MonkeyPatch.context() as patch, compiled_once(programs):
+    without_matmul_timing(patch)
+    straight = run(micro, folder / "straight")
+    reports = Watched(stop_at=8)
+    stopped = run(micro, folder / "parts", reports, command="regionjax train X --workdir Y")
+    at_stop = sorted(int(p.name) for p in (folder / "parts" / "checkpoints").iterdir())
+    resumed = run(micro, folder / "parts")
+  return dict(
+    config=micro, folder=folder, straight=straight, stopped=stopped, resumed=resumed,
+    text=reports.text.getvalue(), at_stop=at_stop,
+  )  # fmt: skip

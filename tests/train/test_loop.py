@@ -1,11 +1,8 @@
-"""Whole runs of the micro model on scenes: resume, stops, accidents, what a run leaves behind."""
+"""Whole runs of the micro model: stops, resume, what a run leaves and what it starts from."""
 
 import dataclasses
-import io
 import json
 import re
-import shutil
-import signal
 import struct
 from pathlib import Path
 
@@ -13,64 +10,23 @@ import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from train_runs import Watched, run, with_train
 
-from regionjax.config import ConfigError, RegionConfig, SourceConfig
-from regionjax.data.errors import DataError
+from regionjax.config import ConfigError, RegionConfig
 from regionjax.mesh import make_mesh
 from regionjax.ops.tokens import resize_positions
 from regionjax.tokenizer import load_tokenizer
-from regionjax.train import loop
 from regionjax.train import workdir as workdirs
-from regionjax.train.checkpoint import CheckpointError
-from regionjax.train.finish import export_workdir
 from regionjax.train.initial import starting_params
 from regionjax.train.metrics import read_metrics
-from regionjax.train.progress import Progress
 from regionjax.train.start import create_state, model_functions, start
 from regionjax.train.state import flatten_paths
 from regionjax.weights import release
 
 ROOT = Path(__file__).parents[2]
-PHOTOS = ROOT / "tests" / "data" / "photos"
 TIMES = ("elapsed", "seconds", "tokens_per_second", "examples_per_second", "seconds_per_step",
          "data_wait", "mfu")  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-  """Every run here compiles the same programs; they come from a cache after the first."""
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = [getattr(jax.config, name) for name in names]
-  for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.2)):
-    jax.config.update(name, value)
-  yield
-  for name, value in zip(names, before):
-    jax.config.update(name, value)
-
-
-@pytest.fixture(autouse=True)
-def no_matmul_timing(monkeypatch):
-  monkeypatch.setattr(loop, "peak_flops", lambda devices: 1e11)
-
-
-class Watched(Progress):
-  """Raises a signal when a step is reported."""
-
-  def __init__(self, stop_at=None, number=signal.SIGINT):
-    self.text = io.StringIO()
-    super().__init__(self.text)
-    self._stop_at, self._number = stop_at, number
-
-  def update(self, step, *args):
-    super().update(step, *args)
-    if step == self._stop_at:
-      signal.raise_signal(self._number)
-
-
-def run(config, workdir, progress=None, **kwargs):
-  progress = Watched() if progress is None else progress
-  mesh = make_mesh(devices=jax.devices()[:1])
-  return loop.train(config, workdir, mesh=mesh, progress=progress, **kwargs)
+pytestmark = pytest.mark.usefixtures("compile_once", "no_matmul_timing")
 
 
 def rows_without_times(workdir):
@@ -96,11 +52,6 @@ def by_place(arrays):
   return {tuple(re.findall(r"\['(\w+)'\]", key)): leaf for key, leaf in arrays.items()}
 
 
-def contents(folder):
-  """Everything under a folder: path -> bytes, None for folders."""
-  return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-
-
 def tensorboard_scalars(folder):
   """{(name, step): value} of all event files: records of length, checksum, event, checksum."""
   found = {}
@@ -114,10 +65,6 @@ def tensorboard_scalars(folder):
   return found
 
 
-def with_train(config, **changes):
-  return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
-
-
 def start_from(config, folder):
   """What `starting_params` takes from a release for a config, and what it says."""
   config = with_train(config, init_from=str(folder))
@@ -125,25 +72,6 @@ def start_from(config, folder):
   said = []
   shapes = jax.eval_shape(model_functions(config, tokenizer)[1], jax.random.key(0))
   return starting_params(config, shapes, tokenizer, log=said.append), said
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, micro):
-  """A straight run of 12 steps, and one stopped at step 9 and resumed: folders and outcomes."""
-  config = micro
-  folder = tmp_path_factory.mktemp("runs")
-  patch = pytest.MonkeyPatch()
-  patch.setattr(loop, "peak_flops", lambda devices: 1e11)
-  straight = run(config, folder / "straight")
-  reports = Watched(stop_at=8)
-  stopped = run(config, folder / "parts", reports, command="regionjax train X --workdir Y")
-  at_stop = sorted(int(p.name) for p in (folder / "parts" / "checkpoints").iterdir())
-  resumed = run(config, folder / "parts")
-  patch.undo()
-  return dict(
-    config=config, folder=folder, straight=straight, stopped=stopped, resumed=resumed,
-    text=reports.text.getvalue(), at_stop=at_stop,
-  )  # fmt: skip
 
 
 def test_a_stopped_run_says_how_to_go_on(runs):
@@ -251,14 +179,6 @@ def test_a_finished_run_stays_finished(runs):
   assert "done: 12 steps" in reports.text.getvalue()
 
 
-def test_a_release_can_be_made_from_a_stopped_run(runs, tmp_path):
-  out = export_workdir(runs["folder"] / "parts", tmp_path / "out")
-  made = (out / "model.safetensors").read_bytes()
-  assert made == (runs["folder"] / "parts" / "release" / "model.safetensors").read_bytes()
-  with pytest.raises(ConfigError, match="is no work folder"):
-    export_workdir(tmp_path, tmp_path / "out2")
-
-
 def test_training_can_start_from_a_release(runs, micro):
   folder = runs["folder"] / "straight" / "release"
   given, said = start_from(micro, folder)
@@ -347,123 +267,3 @@ def test_training_in_stages(micro, tmp_path):
   for part in ("vision", "connector", "regions", "decoder"):
     ours = {place: leaf for place, leaf in saved.items() if place[:2] == ("trainable", part)}
     assert any((leaf != given["/".join(place[1:])]).any() for place, leaf in ours.items()), part
-
-
-def test_a_run_of_another_config_is_refused(runs):
-  config = runs["config"]
-  other = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1.0))
-  with pytest.raises(ConfigError, match=r"train.learning_rate: 0.001 there, 1.0 here"):
-    run(other, runs["folder"] / "straight")
-
-
-def test_a_run_with_bad_settings_writes_nothing(micro, tmp_path):
-  config = dataclasses.replace(micro, train=dataclasses.replace(micro.train, accumulate=3))
-  with pytest.raises(ConfigError, match="make it a multiple of 3"):
-    run(config, tmp_path / "run")
-  assert not (tmp_path / "run").exists()
-
-
-def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(micro, tmp_path, monkeypatch):
-  config = dataclasses.replace(micro, train=dataclasses.replace(micro.train, save_every=1))
-  real, calls = loop.put_batch, []
-
-  def poisoned(batch, mesh):
-    calls.append(1)
-    if len(calls) == 3:
-      batch = batch | {"images_bkhwc": batch["images_bkhwc"] * np.float32(np.nan)}
-    return real(batch, mesh)
-
-  monkeypatch.setattr(loop, "put_batch", poisoned)
-  with pytest.raises(loop.DivergedError, match=r"step 3: .*nan.* The checkpoint of step 2 is kept"):
-    run(config, tmp_path)
-  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
-  monkeypatch.setattr(loop, "put_batch", real)
-  stopped = run(config, tmp_path, Watched(stop_at=4, number=signal.SIGTERM))
-  assert stopped.exit_code == 0 and not stopped.finished and stopped.step >= 4
-
-
-def test_bad_data_in_the_middle_loses_nothing(micro, tmp_path, monkeypatch):
-  from regionjax.data.pipeline import Pipeline
-
-  real = Pipeline.__next__
-
-  def breaks(self):
-    if self.stats()["batches"] == 3:
-      raise DataError("image 7 is truncated")
-    return real(self)
-
-  monkeypatch.setattr(Pipeline, "__next__", breaks)
-  with pytest.raises(DataError, match="image 7"):
-    run(micro, tmp_path)
-  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
-
-
-def test_a_time_limit_ends_the_schedule(micro, tmp_path):
-  train = dataclasses.replace(micro.train, stop_after_minutes=1e-4, eval_every=0)
-  outcome = run(dataclasses.replace(micro, train=train), tmp_path)
-  assert outcome.finished
-  assert 0 <= outcome.step < 12
-  assert outcome.summary["time_limited"] is True
-  assert "not reproducible" in (tmp_path / "release" / "README.md").read_text()
-
-
-def test_a_folder_in_use_is_refused_and_left_as_it_is(runs):
-  workdir = runs["folder"] / "straight"
-  config = with_train(runs["config"], eval_every=0, log_every=5)  # both may change
-  before = contents(workdir)
-  held = workdirs.lock(workdir)
-  for _ in range(2):
-    with pytest.raises(ConfigError, match="in use by another process"):
-      run(config, workdir)
-    assert contents(workdir) == before
-  held.close()
-  workdirs.lock(workdir).close()
-
-
-def test_a_lock_makes_no_folder_full(micro, tmp_path):
-  workdirs.lock(tmp_path).close()
-  assert [p.name for p in tmp_path.iterdir()] == [workdirs.LOCK]
-  assert workdirs.check(tmp_path, micro) is False
-  (tmp_path / "photo.jpg").write_text("x")
-  with pytest.raises(ConfigError, match="is not empty and holds no run"):
-    workdirs.check(tmp_path, micro)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_run_without_readable_checkpoints_never_starts_anew_by_itself(runs, tmp_path):
-  workdir = shutil.copytree(runs["folder"] / "straight", tmp_path / "run")
-  config = with_train(runs["config"], eval_every=0)
-  for record in (workdir / "checkpoints").glob("*/record/metadata"):
-    record.unlink()
-  metrics = (workdir / "metrics.jsonl").read_bytes()
-  for _ in range(2):
-    with pytest.raises(CheckpointError) as caught:
-      run(config, workdir)
-    assert re.search("steps 6, 12.*name another --workdir, or delete", str(caught.value))
-    assert (workdir / "metrics.jsonl").read_bytes() == metrics
-    workdirs.lock(workdir).close()  # free, though `caught` keeps the frames that took it
-
-
-def test_what_is_wrong_with_a_file_of_boxes_is_reported(micro, tmp_path):
-  data = json.loads((PHOTOS / "annotations.json").read_text())
-  boxes = len(data["annotations"])
-  data["images"].append({"id": 99, "file_name": "gone.jpg", "width": 60, "height": 40})
-  data["annotations"].append(data["annotations"][0] | {"id": 999, "bbox": [5, 5, 0, 10]})
-  annotations = tmp_path / "boxes.json"
-  annotations.write_text(json.dumps(data))
-  args = {"annotations": str(annotations), "images": str(PHOTOS), "max_regions": 3}
-  sources = (SourceConfig("coco", args=args),)
-  config = dataclasses.replace(micro, data=dataclasses.replace(micro.data, sources=sources))
-  reports = Watched()
-  run(with_train(config, eval_every=0, save_every=0), tmp_path / "run", reports)
-  (told,) = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]["sources"]
-  table = told.pop("text")
-  assert told.pop("examples") >= 8
-  assert told == {
-    "name": "coco",
-    "used": {"images": 8, "boxes": boxes},
-    "counts": {"missing image": 1, "zero-area box": 1},
-    "defects": 2,
-  }
-  assert reports.text.getvalue().count(table) == 1
-  assert "gone.jpg" in table and "annotation 999" in table
