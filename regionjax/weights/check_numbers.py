@@ -234,8 +234,9 @@ def relative(ours: Any, theirs: Any) -> float:
 def block_error(ours: Any, theirs: np.ndarray, before: np.ndarray) -> float:
   """The largest error of a token, max|a - b| by the largest number that goes in or comes out.
 
-  The first token of a trained LLaMA has channels a thousand times larger than all others have: by
-  the largest number of the tensor, a wrong rotation of everything else would pass.
+  A trained LLaMA has a token with numbers hundreds of times larger than all others' (SmolLM2 22,500
+  against 70). By the tensor's largest, one head rotated wrongly is an error of 2e-4 there, by the
+  token's 0.06; a sound block's is below 2e-6 everywhere.
 
   Args:
     ours: what a block gave, [B, T, D].
