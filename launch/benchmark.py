@@ -1,14 +1,16 @@
 """How fast regionjax is beside PyTorch on this machine.
 
-  python launch/benchmark.py [--only roi_align,vit,decoder,region_module] [--json FILE]
+  python launch/benchmark.py [--only roi_align,vit,decoder,region_module,training] [--json FILE]
       [--torchvision-python PATH] [--rounds N] [--full]
 
 Each case runs ours and theirs in turn, N rounds after a warm-up, and reports medians and their
 ratio: what else the machine does then hits both. PyTorch runs in a process of its own
 (`benchmark_torch.py`): this environment's, or for the cases that need torchvision the one whose
 interpreter `--torchvision-python` names. What is not installed is said and skipped. float32
-throughout, random weights of the same sizes, all cores. `--full` takes the region module at
-GPT4RoI's published size (2 TFLOP an image) instead of a quarter of its width.
+unless a case says otherwise, random weights of the same sizes, all cores. `--full` takes the region
+module at GPT4RoI's published size (2 TFLOP an image) instead of a quarter of its width. `training`
+is a step of a small region VLM (see `benchmark_training.py`), in float32 and in bfloat16, and
+prints where its time goes.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from benchmark_training import print_profile, training_cases
 
 from regionjax.config import DecoderConfig, ModelConfig, RegionConfig, VisionConfig
 from regionjax.infer import programs
@@ -262,7 +265,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  names = ("roi_align", "vit", "decoder", "region_module")
+  names = ("roi_align", "vit", "decoder", "region_module", "training")
   parser.add_argument("--only", default=",".join(names), help="comma-separated cases")
   parser.add_argument("--json", type=Path, help="also write the table here")
   parser.add_argument(
@@ -290,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     vit=vit_cases,
     decoder=decoder_cases,
     region_module=lambda: region_module_cases(args.full),
+    training=training_cases,
   )
   cores, load = os.cpu_count() or 1, os.getloadavg()[0]
   if load > cores / 2:
@@ -305,6 +309,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
       for case in cases[name]():
         rows += measure(name, case, worker, args.rounds)
+        if name == "training":
+          print_profile(case[2]["step"])
     finally:
       worker.close()
   if args.json:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import types
 from collections.abc import Callable
 
 import numpy as np
@@ -192,7 +193,105 @@ def make_region_module(*, boxes: list, **sizes) -> dict:
   return dict(forward=forward, facts=dict(against=against, parameters=parameters))
 
 
+class RegionVLM(nn.Module):
+  """A small CLIP tower, region tokens and image tokens in a small LLaMA, of our model's sizes."""
+
+  def __init__(self, sizes: dict):
+    super().__init__()
+    import transformers
+
+    s = self.sizes = types.SimpleNamespace(**sizes)
+    clip = transformers.CLIPVisionConfig(
+      image_size=s.image, patch_size=s.patch, hidden_size=s.vision_width,
+      num_hidden_layers=s.vision_layers, num_attention_heads=s.vision_heads,
+      intermediate_size=s.vision_mlp,
+    )  # fmt: skip
+    llama = transformers.LlamaConfig(
+      vocab_size=s.vocab, hidden_size=s.width, num_hidden_layers=s.layers,
+      num_attention_heads=s.heads, num_key_value_heads=s.heads, intermediate_size=s.mlp,
+      max_position_embeddings=s.tokens, tie_word_embeddings=False,
+    )  # fmt: skip
+    self.vision = transformers.CLIPVisionModel(clip)
+    self.decoder = transformers.LlamaForCausalLM(llama)
+    self.connector = nn.Linear(s.vision_width, s.width)
+    self.norm = nn.LayerNorm(s.vision_width)
+    self.hidden = nn.Linear(s.vision_width * (s.bins**2 + 1), s.region_width)
+    self.output = nn.Linear(s.region_width, s.width)
+    self.position = nn.Sequential(
+      nn.Linear(8, s.position_width), nn.ReLU(), nn.Linear(s.position_width, s.width)
+    )
+
+  def forward(self, batch: types.SimpleNamespace) -> torch.Tensor:
+    """The mean loss of [B, T] labels, -100 where nothing is supervised."""
+    patches = self.vision(batch.images).last_hidden_state[:, 1:]
+    x = self.decoder.get_input_embeddings()(batch.tokens).clone()
+    x[batch.image_slots] = self.connector(patches).flatten(0, 1).to(x.dtype)
+    x[batch.region_slots] = self.regions(patches, batch).flatten(0, 1).to(x.dtype)
+    return self.decoder(inputs_embeds=x, labels=batch.labels, use_cache=False).loss
+
+  def regions(self, patches: torch.Tensor, batch: types.SimpleNamespace) -> torch.Tensor:
+    """[B, N, C] and [B, R, 4] boxes to [B, R, D]: sampled bins, and the covered patches' mean."""
+    b, n = patches.shape[:2]
+    r, grid, samples = batch.boxes.shape[1], int(n**0.5), self.sizes.bins * self.sizes.ratio
+    patches = self.norm(patches)
+    steps = (torch.arange(samples) + 0.5) / samples
+    low, high = batch.boxes[..., :2], batch.boxes[..., 2:]
+    at = low[:, :, None] + (high - low)[:, :, None] * steps[:, None]  # [B, R, samples, xy]
+    shape = (b, r, samples, samples)
+    points = torch.stack(
+      [at[:, :, None, :, 0].expand(shape), at[:, :, :, None, 1].expand(shape)], -1
+    )
+    maps = patches.transpose(1, 2).unflatten(2, (grid, grid))
+    points = points.flatten(1, 2).to(maps.dtype) * 2 - 1
+    read = F.grid_sample(maps, points, padding_mode="border", align_corners=False)
+    bins = F.avg_pool2d(
+      read.unflatten(2, (r, samples)).transpose(1, 2).flatten(0, 1), self.sizes.ratio
+    )
+    cover = batch.cover / batch.cover.sum(-1, keepdim=True)
+    mean = cover.to(patches.dtype) @ patches
+    features = torch.cat([bins.flatten(1).unflatten(0, (b, r)), mean], -1)
+    kind = torch.zeros(b, r, 4)
+    kind[..., 2] = 1
+    place = torch.cat([batch.boxes, kind], -1)
+    return self.output(F.relu(self.hidden(features))) + self.position(place)
+
+
+def make_training(*, dtype: str, **sizes) -> dict:
+  """Forward, backward and AdamW of RegionVLM; bfloat16 is autocast, as people train."""
+  import transformers
+
+  model = RegionVLM(sizes).train()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+  s = types.SimpleNamespace(**sizes)
+  patches = (s.image // s.patch) ** 2
+  tokens = torch.randint(10, s.vocab, (s.rows, s.tokens))
+  slots = torch.zeros(2, s.rows, s.tokens, dtype=torch.bool)
+  slots[0, :, :patches] = True
+  slots[1, :, patches + 8 : patches + 8 + 16 * s.regions : 16] = True
+  labels = tokens.clone()
+  labels[:, : -s.supervised] = -100
+  corner = torch.rand(s.rows, s.regions, 2) * 0.5
+  boxes = torch.cat([corner, corner + 0.1 + 0.4 * torch.rand(s.rows, s.regions, 2)], -1)
+  batch = types.SimpleNamespace(
+    images=torch.randn(s.rows, 3, s.image, s.image), tokens=tokens, image_slots=slots[0],
+    region_slots=slots[1], labels=labels, boxes=boxes,
+    cover=torch.full((s.rows, s.regions, patches), 0.25),
+  )  # fmt: skip
+  low = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+
+  def step():
+    optimizer.zero_grad(set_to_none=True)
+    with low:
+      loss = model(batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+  return dict(step=step, facts=hugging_face(transformers, model))
+
+
 MAKERS = {
+  "training": make_training,
   "roi_align": make_roi_align,
   "vit": make_vit,
   "decoder": make_decoder,

@@ -41,6 +41,9 @@ VERBS = {
     "regionjax.tokens_command", "show a prompt's ids, slots and loss mask", overrides=True
   ),
   "train": Verb("regionjax.train.command", "train a model from a config file", overrides=True),
+  "compile": Verb(
+    "regionjax.aot.command", "compile a config for a TPU or GPU pod without one", overrides=True
+  ),
   "evaluate": Verb("regionjax.evaluate.command", "measure a model on held-out questions"),
   "export": Verb("regionjax.train.export_command", "make a release folder from a training run"),
   "convert": Verb("regionjax.weights.convert_command", "published weights to a release, and back"),
@@ -51,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command line (by default the program's) and returns its exit code."""
   words = list(sys.argv[1:] if argv is None else argv)
   # Compiled programs are kept between runs; jax reads this when it is imported.
-  cache = Path.home() / ".cache" / "regionjax" / "xla"
+  caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+  cache = caches / "regionjax" / "xla"
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
   if not words or words[0] not in VERBS:
     return _top_level(words)

@@ -23,6 +23,7 @@ from regionjax.config.run import (
   GPT4ROI_TOKENS,
   Config,
   DataConfig,
+  MeshConfig,
   PromptConfig,
   SourceConfig,
   TrainConfig,
@@ -30,7 +31,7 @@ from regionjax.config.run import (
 
 __all__ = [
   "CHATSPOT_TOKENS", "DECODER_MAPS", "GPT4ROI_TOKENS", "REGION_KINDS", "Config", "ConfigError",
-  "ConnectorConfig", "DataConfig", "DecoderConfig", "LoraConfig", "ModelConfig", "PromptConfig",
-  "RegionConfig", "RopeScaling", "SourceConfig", "TrainConfig", "VisionConfig", "from_dict",
-  "to_dict",
+  "ConnectorConfig", "DataConfig", "DecoderConfig", "LoraConfig", "MeshConfig", "ModelConfig",
+  "PromptConfig", "RegionConfig", "RopeScaling", "SourceConfig", "TrainConfig", "VisionConfig",
+  "from_dict", "to_dict",
 ]  # fmt: skip

@@ -294,6 +294,7 @@ class ModelConfig:
     tokens: float,
     images: float,
     regions: float,
+    region_images: float | None = None,
     training: bool = True,
     trainable: tuple[str, ...] | None = None,
   ) -> float:
@@ -301,8 +302,9 @@ class ModelConfig:
     from regionjax import flops  # only this method needs the models
 
     return flops.flops_per_example(
-      self, tokens=tokens, images=images, regions=regions, training=training, trainable=trainable
-    )
+      self, tokens=tokens, images=images, regions=regions, region_images=region_images,
+      training=training, trainable=trainable,
+    )  # fmt: skip
 
   @classmethod
   def gpt4roi_7b(cls) -> ModelConfig:

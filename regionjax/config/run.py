@@ -51,6 +51,16 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How the devices are arranged; at most one size may be -1, which takes those that are left."""
+
+  data: int = -1  # splits the rows of a batch; each part holds all parameters
+  fsdp: int = 1  # splits rows and parameters; a layer's are gathered when it runs
+  tensor: int = 1  # splits heads, hidden channels and the vocabulary
+  slices: int = 1  # groups of devices that only a slow network joins; they split `data`
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
   steps: int = 1000
   seed: int = 0
@@ -69,9 +79,11 @@ class TrainConfig:
   eval_every: int = 500
   eval_examples: int = 256
   save_every: int = 500
-  keep: int = 2
+  keep: int = 2  # the newest so many checkpoints stay
+  keep_every: int = 0  # those at multiples of this step stay for ever; 0: none
   log_every: int = 10
   stop_after_minutes: float = 0.0  # 0: no limit; else the schedule ends when the time is up
+  mesh: MeshConfig = MeshConfig()
 
 
 @dataclasses.dataclass(frozen=True)

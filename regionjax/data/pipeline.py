@@ -67,6 +67,7 @@ class Pipeline:
     sources: instead of those that `config.data.sources` names, one for each of its entries.
     host: index of this host.
     hosts: how many there are; the global batches don't depend on it.
+    rows: which rows of each global batch to give, instead of an equal share of them by `host`.
 
   Raises:
     ConfigError: rows that the hosts cannot share, or settings that cannot run.
@@ -80,6 +81,7 @@ class Pipeline:
     sources: Sequence[Any] | None = None,
     host: int = 0,
     hosts: int = 1,
+    rows: Sequence[int] | None = None,
   ):
     check_layout(config, host, hosts)
     data = config.data
@@ -89,7 +91,7 @@ class Pipeline:
     self._renderer = renderer
     self._mixture = Mixture(data.sources, sources, seed=data.seed)
     share = data.rows // hosts
-    self._mine = slice(host * share, (host + 1) * share)
+    self._mine = range(host * share, (host + 1) * share) if rows is None else tuple(rows)
     self._assemble = Assembler(config, renderer.tokenizer.pad_id)
     self._state = self._stream().state()
     self._end: weakref.finalize | None = None
@@ -174,7 +176,7 @@ class Pipeline:
 
 def _produce(
   stream: RowStream,
-  mine: slice,
+  mine: Sequence[int],
   pool: DecodePool,
   assemble: Assembler,
   ahead: int,
@@ -189,7 +191,8 @@ def _produce(
   while not stop.is_set():
     if not waiting or isinstance(waiting[-1], _Pending):
       try:
-        rows = stream.next_batch()[mine]
+        batch = stream.next_batch()
+        rows = [batch[i] for i in mine]
         decoded = []
         for row in rows:
           if stop.is_set():

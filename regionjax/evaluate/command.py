@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from regionjax.config import SourceConfig
 from regionjax.data.errors import DataError
 from regionjax.data.sources import SOURCES, make_source
+from regionjax.infer.mesh_option import add_mesh_option, mesh_of
 
 if TYPE_CHECKING:
   from regionjax.evaluate.accuracy import Question
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--base", metavar="DIR",
     help="the release that an adapter was trained from, where it is not found by itself",
   )  # fmt: skip
+  add_mesh_option(parser)
   parser.add_argument("--source", default="scenes", choices=sorted(SOURCES), help="of questions")
   parser.add_argument(
     "--split", default="test", choices=("test", "heldout_pairs", "train"), help="of the scenes"
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
   from regionjax.infer.chat import load
 
   questions = _questions(args)
-  chat = load(args.checkpoint, base=args.base)
+  chat = load(args.checkpoint, base=args.base, mesh=mesh_of(args))
   what = args.source if args.source != "scenes" else f"scenes, {args.split} split, seed {args.seed}"
   report = evaluate(chat, questions, title=f"{chat.config.name} on {what}", progress=progress_line)
   print(report.table())

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from regionjax.config import Config
@@ -82,15 +83,21 @@ class Question:
 
 
 def load(
-  path_or_name: str | os.PathLike = "tiny", *, base: str | os.PathLike | None = None
+  path_or_name: str | os.PathLike = "tiny",
+  *,
+  base: str | os.PathLike | None = None,
+  mesh: Mesh | None = None,
 ) -> RegionChat:
   """Opens a release folder, or the checkpoint shipped with the package ('tiny').
 
   Args:
     path_or_name: a release, or an adapter, which holds only what was trained.
     base: the release that an adapter was trained from, where it is not found by itself.
+    mesh: devices that share the model (`regionjax.mesh.make_mesh`), e.g. one that doesn't fit into
+      one of them; None is jax's default device.
 
   Raises:
+    regionjax.config.ConfigError: the mesh can't split the model.
     regionjax.weights.release.ReleaseError: it is missing, truncated or does not fit its
       configuration; an adapter's base is missing or another one.
   """
@@ -100,7 +107,7 @@ def load(
       f"{path_or_name} holds a vision tower alone, which cannot answer; train a model from it "
       "(train.init_from)"
     )
-  return RegionChat(config, params, tokenizer)
+  return RegionChat(config, params, tokenizer, mesh=mesh)
 
 
 def read_image(source: ImageSource) -> np.ndarray:
@@ -135,7 +142,15 @@ class RegionChat:
     frame: how pixels become its input.
   """
 
-  def __init__(self, config: Config, params: Any, tokenizer: Any, *, steps: int = 16) -> None:
+  def __init__(
+    self,
+    config: Config,
+    params: Any,
+    tokenizer: Any,
+    *,
+    steps: int = 16,
+    mesh: Mesh | None = None,
+  ) -> None:
     """See `release.load` for the first three; `steps` is tokens per dispatch (`Engine`)."""
     self.config = config
     self.tokenizer = tokenizer
@@ -143,7 +158,7 @@ class RegionChat:
     check_resize(config.prompt, config.data.resize)
     self.engine = Engine(
       config.model, params, tokenizer, stop_sequences=self.renderer.stop_sequences,
-      stop_strings=self.renderer.stop_strings, steps=steps,
+      stop_strings=self.renderer.stop_strings, steps=steps, mesh=mesh,
     )  # fmt: skip
     self.frame = Frame.of(config)
 

@@ -27,6 +27,7 @@ from regionjax.infer.chat import (
   load,
   read_image,
 )
+from regionjax.infer.mesh_option import add_mesh_option, mesh_of
 from regionjax.infer.region_options import add_region_options, check_questions, policies
 from regionjax.infer.regions_input import KINDS, parse_region
 from regionjax.infer.sampling import Sampling
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--base", metavar="DIR",
     help="the release that an adapter was trained from, where it is not found by itself",
   )  # fmt: skip
+  add_mesh_option(parser)
   parser.add_argument("--save", type=Path, metavar="FILE.png", help="picture of the dialogue")
   parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
   parser.add_argument("--top-p", type=float, default=1.0, help="nucleus, in (0, 1]")
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
   if args.save is not None:
     _check_writable(args.save)
   questions = check_questions(args.ask, len(regions)) if args.ask else []
-  chat = load(args.checkpoint, base=args.base)
+  chat = load(args.checkpoint, base=args.base, mesh=mesh_of(args))
   console = Console(chat, image, regions, sampling=sampling, max_new_tokens=args.max_new_tokens)
   if questions:
     for question in questions:

@@ -8,6 +8,7 @@ Axes: b rows, v vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,12 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from regionjax.config import ModelConfig
 from regionjax.infer import programs
 from regionjax.infer.batching import GenerationError, Prompt, bucket, pad_prompts, power
+from regionjax.infer.placing import put_params
 from regionjax.infer.sampling import Sampling, row_keys
-from regionjax.models.decoder import Cache, init_cache
+from regionjax.models.decoder import Cache
 from regionjax.models.lora import merge_lora
 from regionjax.models.params import model_for, unstack_layers
 from regionjax.models.region_lm import ImageFeatures
@@ -67,8 +70,10 @@ class Engine:
   """A model ready to generate.
 
   Attributes:
-    config: the model, low-rank updates merged into it.
-    params: its parameters on the device, in the compute dtype, layers one by one.
+    config: the model, low-rank updates merged into it, its vocabulary padded so that the mesh
+      divides it.
+    params: its parameters on the device or mesh, in the compute dtype, layers one by one.
+    mesh: the devices' arrangement; None is one device.
     steps: tokens generated per dispatch; between dispatches stop strings are looked for and text is
       streamed.
   """
@@ -82,8 +87,9 @@ class Engine:
     stop_sequences: Sequence[Sequence[int]] = (),
     stop_strings: Sequence[str] = (),
     steps: int = 16,
+    mesh: Mesh | None = None,
   ) -> None:
-    """Puts a model on the device.
+    """Puts a model on the device, or on the devices of a mesh.
 
     Args:
       config: the model.
@@ -92,9 +98,16 @@ class Engine:
       stop_sequences: sequences of ids, each of which ends an answer.
       stop_strings: texts that end an answer; they may begin and end inside a token.
       steps: tokens per dispatch.
+      mesh: splits parameters, key-value cache and work as `partition` says; answers are those of
+        one device (up to rounding of the logits).
+
+    Raises:
+      regionjax.config.ConfigError: the mesh can't split the model.
     """
     self._dtype = jnp.dtype(config.compute_dtype)
     config, params = merge_lora(config, params, dtype=self._dtype)
+    config, self.params = put_params(config, unstack_layers(params), mesh, dtype=self._dtype)
+    self.mesh = mesh
     self.config = config
     self.tokenizer = tokenizer
     self.steps = steps
@@ -104,7 +117,6 @@ class Engine:
       image_slot_id=tokenizer.image_slot_id,
       region_slot_id=tokenizer.region_slot_id,
     )
-    self.params = jax.tree.map(self._place, unstack_layers(params))
     self._stops = tuple(tuple(int(i) for i in stop) for stop in stop_sequences if len(stop))
     self._stop_strings = tuple(stop_strings)
     # Single ids end a row inside a dispatch, longer stops are found between two. -1 is no id.
@@ -114,9 +126,13 @@ class Engine:
     slots = [i for i in (tokenizer.image_slot_id, tokenizer.region_slot_id) if i >= 0]
     self._banned = jnp.asarray(slots or [config.decoder.padded_vocab], jnp.int32)
 
-  def _place(self, leaf: Any) -> jax.Array:
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.asarray(leaf, self._dtype if floating else leaf.dtype)
+  def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+  def _cache(self, rows: int, room: int) -> Cache:
+    """An empty cache; on a mesh each device makes its own heads'."""
+    with self._on_mesh():
+      return programs.new_cache(self.config.decoder, rows, room, self._dtype)
 
   def encode_images(self, images: Sequence[np.ndarray]) -> ImageFeatures:
     """Features of images, computed once and read by any number of prompts.
@@ -138,7 +154,8 @@ class Engine:
     batch = np.zeros((size, *images[0].shape), np.float32)
     for slot, image in zip(batch, images):
       slot[:] = image
-    return programs.encode_images(self.model, self.params, batch)
+    with self._on_mesh():
+      return programs.encode_images(self.model, self.params, batch)
 
   def prefill(
     self, prompts: Sequence[Prompt], features: ImageFeatures, *, new_tokens: int
@@ -157,7 +174,7 @@ class Engine:
     longest = max(len(p.ids) for p in prompts)
     room = self._room(longest, new_tokens)
     rows = power(len(prompts))
-    cache = init_cache(self.config.decoder, rows, room, self._dtype)
+    cache = self._cache(rows, room)
     empty = np.zeros(len(prompts), np.int64)
     return self._append(State(cache, jnp.zeros(()), empty, room), prompts, features)
 
@@ -177,7 +194,7 @@ class Engine:
     room = self._room(longest, new_tokens)
     if room > state.room:
       rows = state.cache.length_b.shape[0]
-      larger = init_cache(self.config.decoder, rows, room, self._dtype)
+      larger = self._cache(rows, room)
       cache = jax.tree.map(_pad_end, state.cache, larger)
       state = dataclasses.replace(state, cache=cache, room=room)
     return self._append(state, prompts, features)
@@ -224,11 +241,12 @@ class Engine:
     while left > 0 and any(not a.finish for a in answers):
       done = np.array([bool(a.finish) for a in answers] + [True] * (padded - count))
       running = running._replace(done_b=jnp.asarray(done))
-      tokens, running = programs.decode(
-        self.model, self.params, running, keys, self._single_stops, self._banned, jnp.int32(left),
-        jnp.float32(sampling.temperature), jnp.float32(sampling.top_p),
-        steps=self.steps, greedy=sampling.temperature == 0,
-      )  # fmt: skip
+      with self._on_mesh():
+        tokens, running = programs.decode(
+          self.model, self.params, running, keys, self._single_stops, self._banned,
+          np.int32(left), np.float32(sampling.temperature), np.float32(sampling.top_p),
+          steps=self.steps, greedy=sampling.temperature == 0,
+        )  # fmt: skip
       left -= self.steps
       # Written at once: the old cache was donated, and whoever stops iterating keeps a good state.
       state.cache, state.logits_bv = running.cache, running.logits_bv
@@ -298,7 +316,8 @@ class Engine:
       features = features._replace(maps=None)
     if not (arrays.tokens_bt == self.tokenizer.image_slot_id).any():
       features = features._replace(tokens_bknd=None)
-    logits, cache = programs.prefill(self.model, self.params, features, arrays, state.cache)
+    with self._on_mesh():
+      logits, cache = programs.prefill(self.model, self.params, features, arrays, state.cache)
     return State(cache, logits, state.lengths + [len(p.ids) for p in prompts], state.room)
 
   def _grow(self, answer: Generation, new: np.ndarray, last: bool) -> Generation:

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from regionjax.config import DecoderConfig
 from regionjax.infer import sampling
-from regionjax.models.decoder import Cache
+from regionjax.models.decoder import Cache, init_cache
 from regionjax.models.region_lm import ImageFeatures, RegionLM
+from regionjax.partition.activations import constrain
 
 Array = jax.Array
 
@@ -56,6 +58,17 @@ class Running(NamedTuple):
   logits_bv: Array
   done_b: Array
   step_b: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def new_cache(config: DecoderConfig, rows: int, room: int, dtype: Any) -> Cache:
+  """`init_cache`, split over the mesh as the decoder's layers leave it."""
+  cache = init_cache(config, rows, room, dtype)
+  return Cache(
+    k=tuple(constrain(k, "batch", "tensor") for k in cache.k),
+    v=tuple(constrain(v, "batch", "tensor") for v in cache.v),
+    length_b=cache.length_b,
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

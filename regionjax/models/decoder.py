@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from regionjax.config import DecoderConfig
 from regionjax.models.leaves import AdaptedKernel, Kernel, Scale, normal, remat, scan
 from regionjax.ops import attention, mlp, norms, rope
+from regionjax.partition.activations import constrain
 
 Array = jax.Array
 
@@ -80,23 +81,28 @@ class DecoderBlock(nn.Module):
       for name, n in (("q", cfg.heads), ("k", cfg.kv_heads), ("v", cfg.kv_heads))
     )
     q, k = rope.apply_rope(q, table), rope.apply_rope(k, table)
+    q, k, v = (constrain(a, "batch", "tensor") for a in (q, k, v))
     if cache is None:
       y_bnth = attention.attend_packed(q, k, v, segment_ids_bt)
     else:
-      cache = (attention.append(cache[0], k, length_b), attention.append(cache[1], v, length_b))
+      cache = tuple(
+        constrain(attention.append(old, new, length_b), "batch", "tensor")
+        for old, new in zip(cache, (k, v))
+      )
       k, v = (a.astype(x_btd.dtype) for a in cache)
       mask_bts = attention.cache_mask(length_b, new=q.shape[2], size=k.shape[2])
       y_bnth = attention.attend(q, k, v, mask_bts)
     y_bte = attention.merge_heads(y_bnth)
-    x_btd += mlp.linear(y_bte, *weights("o", (y_bte.shape[-1], d), residual))
+    y_btd = mlp.linear(y_bte, *weights("o", (y_bte.shape[-1], d), residual))
+    x_btd = constrain(x_btd + y_btd, "batch")
 
     y_btd = norms.rms_norm(x_btd, *Scale(d, name="norm2")(), eps=cfg.eps)
     gate, _, gate_ab = weights("gate", (d, f))
     up, _, up_ab = weights("up", (d, f))
     down, _, down_ab = weights("down", (f, d), residual)
-    updates = (gate_ab, up_ab, down_ab)
-    y_btd = mlp.gated_mlp(y_btd, gate, up, down, name=cfg.activation, updates=updates)
-    return x_btd + y_btd, cache
+    y_btf = mlp.gated(y_btd, gate, up, name=cfg.activation, updates=(gate_ab, up_ab))
+    y_btd = mlp.linear(constrain(y_btf, "batch", None, "tensor"), down, update=down_ab)
+    return constrain(x_btd + y_btd, "batch"), cache
 
 
 class Embedding(nn.Module):
@@ -139,7 +145,11 @@ class Decoder(nn.Module):
 
   def embed(self, tokens_bt: Array) -> Array:
     """Token ids [B, T] to embeddings [B, T, D] in the compute dtype."""
-    return jnp.take(self.embedding(), tokens_bt, axis=0).astype(self.dtype)
+    x_btd = jnp.take(self.embedding(), tokens_bt, axis=0)
+    # Every device looks its channels up for the rows of all. Then rows are exchanged and not the
+    # table (4,096 tokens a device against LLaMA's 32,000), and its gradient is where it belongs.
+    x_btd = constrain(x_btd, "data", None, "fsdp")
+    return constrain(x_btd.astype(self.dtype), "batch")
 
   def __call__(
     self,
@@ -198,7 +208,7 @@ class Decoder(nn.Module):
     kernel = self.embedding().T if cfg.tie_embeddings else self.head()[0]
     rows_xd = x_btd.reshape(-1, cfg.width)  # one matrix of all rows, as in mlp.linear
     y_xv = jnp.matmul(rows_xd, kernel.astype(x_btd.dtype), preferred_element_type=jnp.float32)
-    y_btv = y_xv.reshape(*x_btd.shape[:2], -1)
+    y_btv = constrain(y_xv.reshape(*x_btd.shape[:2], -1), "batch", None, "tensor")
     if cfg.padded_vocab == cfg.vocab_size:
       return y_btv
     real_11v = (jnp.arange(cfg.padded_vocab) < cfg.vocab_size)[None, None, :]

@@ -21,6 +21,7 @@ from regionjax.config import RegionConfig
 from regionjax.models.leaves import Kernel, Scale
 from regionjax.ops import mlp, norms
 from regionjax.ops.roi_align import roi_align
+from regionjax.partition.activations import constrain
 
 KINDS = 4  # 0 padding, 1 point, 2 box, 3 mask: the values of Batch.region_kind_br
 POINT = 1
@@ -63,7 +64,8 @@ Weights = tuple[jax.Array, jax.Array | None]
 
 
 def _two_layers(x: jax.Array, hidden: Weights, output: Weights) -> jax.Array:
-  return mlp.linear(jax.nn.relu(mlp.linear(x, *hidden)), *output)
+  hidden_brf = jax.nn.relu(mlp.linear(x, *hidden))
+  return mlp.linear(constrain(hidden_brf, "batch", None, "tensor"), *output)
 
 
 class PoolEncoder(nn.Module):
@@ -99,13 +101,17 @@ class PoolEncoder(nn.Module):
     self.position_hidden = Kernel((4 + KINDS, c.position_width), use_bias=True)
     self.position_output = Kernel((c.position_width, self.out_width), use_bias=True, stddev=0.02)
 
-  def maps(self, hidden: Sequence[jax.Array]) -> jax.Array:
-    """Hidden states, each [B, K, N, C], normalised and concatenated: [B, K, N, C * layers]."""
+  def maps(self, hidden: Sequence[jax.Array], used_bk: jax.Array | None = None) -> jax.Array:
+    """Hidden states, each [B, K, N, C], normalised and concatenated: [B, K, N, C * layers].
+
+    It costs next to nothing, for images that no region lies in (`used_bk` false) too.
+    """
+    del used_bk
     normed = [
       norms.layer_norm(x.astype(self.dtype), *scale(), eps=EPSILON)
       for scale, x in zip(self.norms, hidden)
     ]
-    return jnp.concatenate(normed, axis=-1)
+    return constrain(jnp.concatenate(normed, axis=-1), "batch")
 
   def read(
     self,
@@ -146,7 +152,7 @@ class PoolEncoder(nn.Module):
     place_brp = jnp.concatenate([boxes_br4, kind_brk], axis=-1).astype(self.dtype)
     x_brd = _two_layers(x_brx, self.hidden(), self.output())
     x_brd += _two_layers(place_brp, self.position_hidden(), self.position_output())
-    return jnp.where(mask_br1, x_brd, jnp.zeros_like(x_brd))
+    return constrain(jnp.where(mask_br1, x_brd, jnp.zeros_like(x_brd)), "batch")
 
   def __call__(
     self,

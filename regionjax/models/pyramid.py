@@ -19,82 +19,59 @@ import jax.numpy as jnp
 
 from regionjax.config import RegionConfig
 from regionjax.models.leaves import ConvKernel, Kernel, Scale
+from regionjax.models.pyramid_maps import (
+  EPSILON,
+  MapWeights,
+  Sizes,
+  fused_maps,
+  maps_where_used,
+  skipping_pays,
+)
 from regionjax.ops import mlp, norms
 from regionjax.ops.conv import conv2d
-from regionjax.ops.resize import resize_align_corners
 from regionjax.ops.roi_align import roi_align
-
-# PyTorch's defaults, which the original trained with; Flax's own epsilon is 1e-6.
-EPSILON = 1e-5
+from regionjax.partition.activations import constrain
 
 
-class CoordConv(nn.Module):
-  """Upsample, append x and y in [-1, 1], convolve 1x1: in an order that costs 1/64 as much.
+class InputConv(nn.Module):
+  """A 1x1 convolution's weights, behind C channels and two coordinates.
 
-  A 1x1 convolution commutes with bilinear interpolation (whose weights sum to 1), so the features
-  are projected on the patch grid and only then upsampled: for the 128x128 level of a 16x16 grid
-  that is 0.5 instead of 34 GFLOP. The coordinates' share is added at full size.
+  Attributes:
+    channels: C.
+    features: output width.
   """
 
   channels: int
   features: int
-  size_hw: tuple[int, int]
-  dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x_ihwc: jax.Array) -> jax.Array:
-    channels = self.channels
+  def __call__(self) -> tuple[jax.Array, jax.Array]:
+    """(kernel [1, 1, C + 2, F], bias [F])."""
     # torch's default convolution: uniform with bound 1/sqrt(fan_in), kernel and bias alike.
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    bound = (channels + 2) ** -0.5
-    kernel = self.param("kernel", uniform, (1, 1, channels + 2, self.features))
+    bound = (self.channels + 2) ** -0.5
+    kernel = self.param("kernel", uniform, (1, 1, self.channels + 2, self.features))
     bias = self.param(
       "bias", lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound),
       (self.features,),
     )  # fmt: skip
-    kernel_cf = kernel[0, 0].astype(self.dtype)
-    y_ihwf = jnp.einsum("ihwc,cf->ihwf", x_ihwc.astype(self.dtype), kernel_cf[:channels])
-    y_ihwf = resize_align_corners(y_ihwf, self.size_hw)
-    height, width = self.size_hw
-    x_wf = jnp.linspace(-1.0, 1.0, width)[:, None] * kernel[0, 0, channels][None, :]
-    y_hf = jnp.linspace(-1.0, 1.0, height)[:, None] * kernel[0, 0, channels + 1][None, :]
-    place_hwf = x_wf[None, :, :] + y_hf[:, None, :] + bias[None, None, :]
-    return y_ihwf + place_hwf[None].astype(self.dtype)
+    return kernel, bias
 
 
 class ShuffleRound(nn.Module):
-  """One round of scale shuffle: every level takes a quarter of its channels from either neighbour.
+  """The weights of one round of scale shuffle: its convolution's and its norm's.
 
-  Level l keeps its first half; the third quarter of the next finer level and the last quarter of
-  the next coarser one are resized to it (at the ends of the pyramid the level is its own
-  neighbour). All levels read the round's input and share one 3x3 convolution, GroupNorm and ReLU.
+  Attributes:
+    width: channels of the maps.
   """
 
   width: int
-  groups: int
 
   @nn.compact
-  def __call__(self, levels: list[jax.Array]) -> list[jax.Array]:
+  def __call__(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(kernel [3, 3, F, F], scale [F], bias [F])."""
     kernel, _ = ConvKernel((3, self.width, self.width), use_bias=False, name="conv")()
-    scale, bias = Scale(self.width, use_bias=True, name="norm")()
-    half, three_quarters = self.width // 2, self.width // 4 * 3
-    out = []
-    for l, own_ihwc in enumerate(levels):
-      size_hw = own_ihwc.shape[1:3]
-      coarser = levels[min(l + 1, len(levels) - 1)][..., three_quarters:]
-      finer = levels[max(l - 1, 0)][..., half:three_quarters]
-      mixed_ihwc = jnp.concatenate(
-        [
-          own_ihwc[..., :half],
-          resize_align_corners(coarser, size_hw),
-          resize_align_corners(finer, size_hw),
-        ],
-        axis=-1,
-      )
-      y_ihwc = conv2d(mixed_ihwc, kernel)
-      y_ihwc = norms.group_norm(y_ihwc, scale, bias, groups=self.groups, eps=EPSILON)
-      out.append(jax.nn.relu(y_ihwc))
-    return out
+    return kernel, *Scale(self.width, use_bias=True, name="norm")()
 
 
 class PyramidEncoder(nn.Module):
@@ -106,7 +83,7 @@ class PyramidEncoder(nn.Module):
     out_width: D.
     grid: patches (per column, per row); need not be square.
     dtype: of the computation (norm statistics, resizing and RoI weights stay float32).
-    remat: 'none', or anything else to recompute the shuffle rounds in the backward pass.
+    remat: 'none', or anything else to recompute the maps in the backward pass.
   """
 
   config: RegionConfig
@@ -127,13 +104,16 @@ class PyramidEncoder(nn.Module):
       raise ValueError(
         f"region.width={c.width} must be a multiple of 4 and of region.groups={c.groups}"
       )
-    gh, gw = self.grid
-    round_type = ShuffleRound if self.remat == "none" else nn.remat(ShuffleRound)
+    if min(self.grid) < 2:
+      raise ValueError(
+        f"a grid of {self.grid[0]}x{self.grid[1]} patches: the pyramid lays x and y from edge to "
+        "edge and needs two on each side (vision.image_size / vision.patch_size)"
+      )
+    self.sizes = Sizes(self.grid, c.upsample, c.groups, self.dtype, self.remat)
     self.input_convs = [
-      CoordConv(self.in_width, c.width, (gh * m, gw * m), self.dtype, name=f"input_conv_{l}")
-      for l, m in enumerate(c.upsample)
+      InputConv(self.in_width, c.width, name=f"input_conv_{l}") for l in range(len(c.upsample))
     ]
-    self.rounds = [round_type(c.width, c.groups, name=f"round_{i}") for i in range(c.rounds)]
+    self.rounds = [ShuffleRound(c.width, name=f"round_{i}") for i in range(c.rounds)]
     self.crop_convs = [
       ConvKernel((3, c.width, c.width), stddev=0.01, name=f"crop_conv_{l}")
       for l in range(len(c.layers))
@@ -149,14 +129,23 @@ class PyramidEncoder(nn.Module):
     self.position_norm_1 = Scale(c.token_width, use_bias=True)
     self.output = dense(c.token_width, self.out_width)
 
-  def maps(self, hidden: Sequence[jax.Array]) -> list[jax.Array]:
-    """Hidden states, each [B, K, N, C], to fused levels [B, K, H_l, W_l, width], finest first."""
+  def maps(self, hidden: Sequence[jax.Array], used_bk: jax.Array | None = None) -> list[jax.Array]:
+    """Hidden states, each [B, K, N, C], to fused levels [B, K, H_l, W_l, width], finest first.
+
+    Args:
+      hidden: one array per level.
+      used_bk: bool, the images that regions will be read from, where that is known: the others'
+        maps are then unspecified, and not computed where that pays (see `pyramid_maps`).
+    """
     b, k = hidden[0].shape[:2]
-    levels = [
-      conv(x.reshape(b * k, *self.grid, x.shape[-1])) for conv, x in zip(self.input_convs, hidden)
-    ]
-    for shuffle in self.rounds:
-      levels = shuffle(levels)
+    weights = MapWeights(
+      tuple(conv() for conv in self.input_convs), tuple(shuffle() for shuffle in self.rounds)
+    )
+    grids = [x.reshape(b, k, *self.grid, x.shape[-1]) for x in hidden]
+    c = self.config
+    if used_bk is not None and skipping_pays(c.width, c.rounds, self.sizes, b):
+      return maps_where_used(weights, grids, used_bk, self.sizes)
+    levels = fused_maps(weights, [x.reshape(b * k, *x.shape[2:]) for x in grids], self.sizes)
     return [x.reshape(b, k, *x.shape[1:]) for x in levels]
 
   def crop_tokens(
@@ -175,8 +164,10 @@ class PyramidEncoder(nn.Module):
         box_image=box_image_br,
         valid=valid_br,
       )
+      crop_brpqc = constrain(crop_brpqc, "batch", None, None, None, "tensor")
       sum_xpqc += conv2d(crop_brpqc.reshape(b * r, *crop_brpqc.shape[2:]), *conv())
-    return mlp.linear(jax.nn.relu(sum_xpqc).reshape(b, r, -1), *self.flatten())
+    crops_brx = jax.nn.relu(constrain(sum_xpqc, "batch")).reshape(b, r, -1)
+    return constrain(mlp.linear(crops_brx, *self.flatten()), "batch", None, "tensor")
 
   def read(
     self,
@@ -210,7 +201,7 @@ class PyramidEncoder(nn.Module):
       place_brt = jax.nn.relu(mlp.linear(place_brt, *kernel()))
       place_brt = norms.layer_norm(place_brt, *norm(), eps=EPSILON)
     out_brd = mlp.linear(tokens_brt + place_brt, *self.output())
-    return jnp.where(valid_br[..., None], out_brd, jnp.zeros_like(out_brd))
+    return constrain(jnp.where(valid_br[..., None], out_brd, jnp.zeros_like(out_brd)), "batch")
 
   def __call__(
     self,

@@ -2,7 +2,9 @@
 
 All encoders have the same three methods, so that the language model need not know which one it has:
 
-  maps(hidden)    hidden states -> whatever is computed once per image
+  maps(hidden, used=None)
+                  hidden states -> whatever is computed once per image; `used` may say which images
+                  that is wanted of
   read(maps, ...) boxes -> one vector per region
   __call__        read(maps(hidden), ...)
 

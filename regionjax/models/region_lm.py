@@ -19,6 +19,7 @@ from regionjax.models.leaves import Kernel
 from regionjax.models.region_encoders import make_region_encoder
 from regionjax.models.vit import VisionTransformer
 from regionjax.ops import mlp, tokens
+from regionjax.partition.activations import constrain
 
 Array = jax.Array
 
@@ -56,7 +57,7 @@ class Connector(nn.Module):
     if self.config.kind != "mlp":
       raise ConfigError(f"connector.kind={self.config.kind!r}: expected linear or mlp")
     x_bknd = mlp.linear(x_bknc, *Kernel((c, d), use_bias=True, name="linear1")())
-    x_bknd = mlp.activation("gelu")(x_bknd)
+    x_bknd = constrain(mlp.activation("gelu")(x_bknd), "batch", None, None, "tensor")
     return mlp.linear(x_bknd, *Kernel((d, d), use_bias=True, name="linear2")())
 
 
@@ -75,6 +76,18 @@ def region_layers(config: ModelConfig) -> tuple[int, ...]:
         f"region.layers holds {layer}, but the vision encoder has hidden states 0 to {count - 1}"
       )
   return tuple(layer % count for layer in config.region.layers)
+
+
+def images_used(box_image_br: Array, region_mask_br: Array, images: int) -> Array:
+  """Which of a row's images some region lies in: bool [B, K].
+
+  Args:
+    box_image_br: int32, the image of each region.
+    region_mask_br: bool, which regions exist.
+    images: K.
+  """
+  lies_brk = box_image_br[:, :, None] == jnp.arange(images)[None, None, :]
+  return jnp.any(lies_brk & region_mask_br[:, :, None], axis=1)
 
 
 def vision_depth(config: ModelConfig) -> int:
@@ -118,7 +131,9 @@ class RegionLM(nn.Module):
 
   def hidden(self, batch: Mapping[str, Array]) -> Array:
     """What the output layer reads of a packed batch, [B, T, D]."""
-    features = self.encode_images(batch["images_bkhwc"])
+    images_bkhwc = batch["images_bkhwc"]
+    used_bk = images_used(batch["box_image_br"], batch["region_mask_br"], images_bkhwc.shape[1])
+    features = self.encode_images(images_bkhwc, used_bk)
     regions_brd = self.encode_regions(
       features.maps,
       batch["boxes_br4"],
@@ -133,11 +148,13 @@ class RegionLM(nn.Module):
     )
     return x_btd
 
-  def encode_images(self, images_bkhwc: Array) -> ImageFeatures:
+  def encode_images(self, images_bkhwc: Array, used_bk: Array | None = None) -> ImageFeatures:
     """Everything that depends on the images alone.
 
     Args:
       images_bkhwc: [B, K, H, W, 3] normalised; K may be 0.
+      used_bk: bool, the images that regions will be read from, where that is known already: maps of
+        the others need not be computed.
 
     Returns:
       Image tokens after the connector, and the maps that regions are read from.
@@ -164,9 +181,10 @@ class RegionLM(nn.Module):
     patch = self.config.vision.patch_size
     grid = (images_bkhwc.shape[2] // patch, images_bkhwc.shape[3] // patch)
     tokens_bknd = self.connector(last_bknc.reshape(b, k, *grid, last_bknc.shape[-1]))
+    tokens_bknd = constrain(tokens_bknd, "batch")
     maps = None
     if self.regions is not None:
-      maps = self.regions.maps([patches(layer) for layer in region_layers(self.config)])
+      maps = self.regions.maps([patches(layer) for layer in region_layers(self.config)], used_bk)
     return ImageFeatures(tokens_bknd, maps)
 
   def encode_regions(
@@ -206,7 +224,7 @@ class RegionLM(nn.Module):
       x_btd = tokens.fill_slots(x_btd, tokens_bt == self.image_slot_id, flat_bmd)
     if regions_brd is not None:
       x_btd = tokens.fill_slots(x_btd, tokens_bt == self.region_slot_id, regions_brd)
-    return x_btd
+    return constrain(x_btd, "batch")
 
   def decode(
     self,

@@ -13,6 +13,7 @@ from regionjax.config import VisionConfig
 from regionjax.models.leaves import ConvKernel, Kernel, Scale, normal, remat, scan
 from regionjax.ops import attention, mlp, norms, tokens
 from regionjax.ops.conv import conv2d
+from regionjax.partition.activations import constrain
 
 Array = jax.Array
 
@@ -32,14 +33,16 @@ class VisionBlock(nn.Module):
       attention.split_heads(mlp.linear(y_bnc, *Kernel((c, c), use_bias=True, name=n)()), cfg.heads)
       for n in ("q", "k", "v")
     )
+    q, k, v = (constrain(a, "batch", "tensor") for a in (q, k, v))
     y_bnc = attention.merge_heads(attention.attend(q, k, v))
-    x_bnc += mlp.linear(y_bnc, *Kernel((c, c), use_bias=True, gain=residual, name="o")())
+    y_bnc = mlp.linear(y_bnc, *Kernel((c, c), use_bias=True, gain=residual, name="o")())
+    x_bnc = constrain(x_bnc + y_bnc, "batch")
 
     y_bnc = norms.layer_norm(x_bnc, *Scale(c, use_bias=True, name="norm2")(), eps=cfg.eps)
     y_bnf = mlp.linear(y_bnc, *Kernel((c, cfg.mlp_width), use_bias=True, name="up")())
-    y_bnf = mlp.activation(cfg.activation)(y_bnf)
+    y_bnf = constrain(mlp.activation(cfg.activation)(y_bnf), "batch", None, "tensor")
     down = Kernel((cfg.mlp_width, c), use_bias=True, gain=residual, name="down")()
-    x_bnc += mlp.linear(y_bnf, *down)
+    x_bnc = constrain(x_bnc + mlp.linear(y_bnf, *down), "batch")
     return x_bnc, x_bnc
 
 
@@ -80,7 +83,7 @@ class VisionTransformer(nn.Module):
     depth = cfg.layers if self.depth is None else self.depth
     grid = (images_bhwc.shape[1] // p, images_bhwc.shape[2] // p)
 
-    x_bhwc = images_bhwc.astype(self.dtype)
+    x_bhwc = constrain(images_bhwc.astype(self.dtype), "batch")
     for i, (before, after) in enumerate(zip((3, *cfg.stem), cfg.stem)):
       kernel = ConvKernel((3, before, after), name=f"stem_{i}")()
       x_bhwc = jax.nn.relu(conv2d(x_bhwc, *kernel, stride=2))
@@ -93,6 +96,7 @@ class VisionTransformer(nn.Module):
     positions_nc = tokens.resize_positions(table_nc, cfg.grid, grid).astype(self.dtype)
     x_bnc = jnp.concatenate([class_b1c, patches_bnc], axis=1) + positions_nc[None]
     x_bnc = norms.layer_norm(x_bnc, *Scale(c, use_bias=True, name="pre_norm")(), eps=cfg.eps)
+    x_bnc = constrain(x_bnc, "batch")
 
     block = remat(VisionBlock, self.remat, scanned=self.scan_layers)
     hidden = [x_bnc]

@@ -5,7 +5,8 @@ tokens never exist (in f32 they are 0.5 GB for 4,096 tokens of LLaMA's vocabular
 without a supervised token is skipped. Answers are a third of a dialogue, so two thirds of the
 output layer's work are.
 
-Axes: b rows, t tokens, d decoder channels, v vocabulary, n pieces, x tokens of a piece.
+Axes: b rows, t tokens, d decoder channels, v vocabulary, n pieces, s shards of the rows, x tokens
+of a piece and shard.
 """
 
 from __future__ import annotations
@@ -32,11 +33,16 @@ def cross_entropy(logits_btv: Array, targets_bt: Array, weights_bt: Array) -> tu
   Returns:
     (sum of weight * loss, sum of weights), two f32 scalars. The mean is their ratio.
   """
+  losses_bt = weighted_losses(logits_btv, targets_bt, weights_bt)
+  return jnp.sum(losses_bt), jnp.sum(weights_bt.astype(jnp.float32))
+
+
+def weighted_losses(logits_btv: Array, targets_bt: Array, weights_bt: Array) -> Array:
+  """`cross_entropy` before it is summed: [B, T] f32, zero where the weight is."""
   weights_bt = weights_bt.astype(jnp.float32)
   losses_bt = token_losses(logits_btv, targets_bt)
   # A target that nobody asked for may be impossible (a row that pads the vocabulary): 0 * inf.
-  losses_bt = jnp.where(weights_bt == 0, 0.0, losses_bt)
-  return jnp.sum(losses_bt * weights_bt), jnp.sum(weights_bt)
+  return jnp.where(weights_bt == 0, 0.0, losses_bt) * weights_bt
 
 
 def token_losses(logits_btv: Array, targets_bt: Array) -> Array:
@@ -63,11 +69,17 @@ def token_losses(logits_btv: Array, targets_bt: Array) -> Array:
 
 
 PIECES = 8  # of a row: how finely unsupervised tokens are skipped, and the share of logits alive
-Head = Callable[[Any, Array], Array]  # (parameters, x_b1d-like [1, X, D]) -> logits [1, X, V]
+Head = Callable[[Any, Array], Array]  # (parameters, [S, X, D]) -> logits [S, X, V]
 
 
 def head_cross_entropy(
-  head: Head, params: Any, x_btd: Array, targets_bt: Array, weights_bt: Array
+  head: Head,
+  params: Any,
+  x_btd: Array,
+  targets_bt: Array,
+  weights_bt: Array,
+  *,
+  shards: int = 1,
 ) -> tuple[Array, Array]:
   """`cross_entropy(head(params, x_btd), ...)`, piece by piece.
 
@@ -80,16 +92,27 @@ def head_cross_entropy(
     x_btd: [B, T, D], what it reads.
     targets_bt: [B, T] int32 in [0, V).
     weights_bt: [B, T] float; 0 where nothing is supervised.
+    shards: S, into how many parts devices split the rows; divides B. Losses and gradients of
+      parameters are kept for each part until all pieces are done, and added then: once, not once
+      for each piece. What a piece decides (whether it is skipped) is the same on all devices.
 
   Returns:
     (sum of weight * loss, sum of weights), two f32 scalars.
   """
-  loss = _loss_sum(head, params, x_btd, targets_bt, weights_bt)
+  with jax.named_scope("head_loss"):
+    loss = _loss_sum(head, shards, params, x_btd, targets_bt, weights_bt)
   return loss, jnp.sum(weights_bt.astype(jnp.float32))
 
 
 def head_choices(
-  head: Head, params: Any, x_btd: Array, targets_bt: Array, weights_bt: Array, wanted_bt: Array
+  head: Head,
+  params: Any,
+  x_btd: Array,
+  targets_bt: Array,
+  weights_bt: Array,
+  wanted_bt: Array,
+  *,
+  shards: int = 1,
 ) -> tuple[Array, Array, Array]:
   """The loss as `head_cross_entropy` has it, and the most probable tokens.
 
@@ -101,43 +124,48 @@ def head_choices(
   """
   order_bt, inverse_bt = _supervised_first((weights_bt != 0) | wanted_bt)
 
-  def piece(_: None, parts: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
-    x_xd, targets_x, weights_x, wanted_x = parts
+  def piece(_: None, given: tuple[Array, tuple[Array, ...]]) -> tuple[None, tuple[Array, Array]]:
+    live, (x_sxd, targets_sx, weights_sx, _) = given
 
-    def live() -> tuple[Array, Array]:
-      logits_1xv = head(params, x_xd[None])
-      loss, _ = cross_entropy(logits_1xv, targets_x[None], weights_x[None])
-      return loss, jnp.argmax(logits_1xv[0], axis=-1).astype(jnp.int32)
+    def compute() -> tuple[Array, Array]:
+      logits_sxv = head(params, x_sxd)
+      losses_sx = weighted_losses(logits_sxv, targets_sx, weights_sx)
+      return jnp.sum(losses_sx, axis=1), jnp.argmax(logits_sxv, axis=-1).astype(jnp.int32)
 
-    def dead() -> tuple[Array, Array]:
-      return jnp.zeros((), jnp.float32), jnp.full(targets_x.shape, -1, jnp.int32)
+    def skip() -> tuple[Array, Array]:
+      return jnp.zeros(len(x_sxd), jnp.float32), jnp.full(targets_sx.shape, -1, jnp.int32)
 
-    return None, jax.lax.cond(jnp.any((weights_x != 0) | wanted_x), live, dead)
+    return None, jax.lax.cond(live, compute, skip)
 
-  parts = _pieces(order_bt, x_btd, targets_bt, weights_bt, wanted_bt)
-  _, (losses_n, tokens_nx) = jax.lax.scan(piece, None, parts)
-  tokens_bt = jnp.take_along_axis(_whole(tokens_nx, targets_bt.shape), inverse_bt, axis=1)
+  parts = _pieces(order_bt, shards, x_btd, targets_bt, weights_bt, wanted_bt)
+  live_n = jnp.any((parts[2] != 0) | parts[3], axis=(1, 2))
+  _, (losses_ns, tokens_nsx) = jax.lax.scan(piece, None, (live_n, parts))
+  tokens_bt = jnp.take_along_axis(_whole(tokens_nsx, targets_bt.shape), inverse_bt, axis=1)
   weight = jnp.sum(weights_bt.astype(jnp.float32))
-  return jnp.sum(losses_n), weight, jnp.where(wanted_bt, tokens_bt, -1)
+  return jnp.sum(losses_ns), weight, jnp.where(wanted_bt, tokens_bt, -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(head: Head, params: Any, x_btd: Array, targets_bt: Array, weights_bt: Array) -> Array:
-  return _losses(head, params, x_btd, targets_bt, weights_bt, wrt=())[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss_sum(
+  head: Head, shards: int, params: Any, x_btd: Array, targets_bt: Array, weights_bt: Array
+) -> Array:
+  return _losses(head, shards, params, x_btd, targets_bt, weights_bt, wrt=())[0]
 
 
-def _loss_forward(head: Head, *primals: Any) -> tuple[Array, Any]:
+def _loss_forward(head: Head, shards: int, *primals: Any) -> tuple[Array, Any]:
   """The loss, and its gradients for the backward pass to scale."""
   of_params, of_x = (
     any(leaf.perturbed for leaf in jax.tree.leaves(primal)) for primal in primals[:2]
   )
   params, x_btd, targets_bt, weights_bt = jax.tree.map(lambda leaf: leaf.value, primals)
   wrt = (("params",) if of_params else ()) + (("x",) if of_x else ())
-  return _losses(head, params, x_btd, targets_bt, weights_bt, wrt=wrt)
+  return _losses(head, shards, params, x_btd, targets_bt, weights_bt, wrt=wrt)
 
 
-def _loss_backward(head: Head, gradients: Any, scale: Any) -> tuple[Any, Any, None, None]:
-  del head
+def _loss_backward(
+  head: Head, shards: int, gradients: Any, scale: Any
+) -> tuple[Any, Any, None, None]:
+  del head, shards
   if isinstance(scale, SymbolicZero):
     return None, None, None, None
   scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
@@ -148,40 +176,55 @@ _loss_sum.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
 
 
 def _losses(
-  head: Head, params: Any, x_btd: Array, targets_bt: Array, weights_bt: Array,
+  head: Head, shards: int, params: Any, x_btd: Array, targets_bt: Array, weights_bt: Array,
   *, wrt: tuple[str, ...],
 ) -> tuple[Array, dict[str, Any]]:  # fmt: skip
   """The loss of all pieces and its gradients with respect to 'params' and 'x'."""
   order_bt, inverse_bt = _supervised_first(weights_bt != 0)
 
-  def piece(total: Any, parts: tuple[Array, ...]) -> tuple[Any, Any]:
-    x_xd, targets_x, weights_x = parts
+  def part(x_xd: Array, targets_x: Array, weights_x: Array) -> tuple[Array, dict[str, Any]]:
     given = {name: value for name, value in (("params", params), ("x", x_xd)) if name in wrt}
 
     def loss_of(given: dict[str, Any]) -> Array:
       logits_1xv = head(given.get("params", params), given.get("x", x_xd)[None])
       return cross_entropy(logits_1xv, targets_x[None], weights_x[None])[0]
 
-    def live(total: Any) -> tuple[Any, Any]:
-      loss, new = jax.value_and_grad(loss_of)(given) if wrt else (loss_of(given), {})
-      grad_x = new.pop("x", None)
-      return jax.tree.map(jnp.add, total, {"loss": loss} | new), grad_x
+    return jax.value_and_grad(loss_of)(given) if wrt else (loss_of(given), {})
 
-    def dead(total: Any) -> tuple[Any, Any]:
-      return total, jnp.zeros_like(x_xd) if "x" in wrt else None
+  def piece(sums: Any, given: tuple[Array, tuple[Array, ...]]) -> tuple[Any, Any]:
+    live, (x_sxd, targets_sx, weights_sx) = given
 
-    return jax.lax.cond(jnp.any(weights_x != 0), live, dead, total)
+    def compute(sums: Any) -> tuple[Any, Any]:
+      losses_s, new = _each(part, x_sxd, targets_sx, weights_sx)
+      grad_sxd = new.pop("x", None)
+      return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), (losses_s, grad_sxd)
 
-  zero = {"loss": jnp.zeros((), jnp.float32)}
+    def skip(sums: Any) -> tuple[Any, Any]:
+      none = jnp.zeros_like(x_sxd) if "x" in wrt else None
+      return sums, (jnp.zeros(len(x_sxd), jnp.float32), none)
+
+    return jax.lax.cond(live, compute, skip, sums)
+
+  zero: dict[str, Any] = {}
   if "params" in wrt:
-    zero["params"] = jax.tree.map(jnp.zeros_like, params)
-  parts = _pieces(order_bt, x_btd, targets_bt, weights_bt)
-  total, grad_nxd = jax.lax.scan(piece, zero, parts)
-  loss = total.pop("loss")
+    zero["params"] = jax.tree.map(lambda p: jnp.zeros((shards, *p.shape), jnp.float32), params)
+  parts = _pieces(order_bt, shards, x_btd, targets_bt, weights_bt)
+  live_n = jnp.any(parts[2] != 0, axis=(1, 2))
+  grads, (losses_ns, grad_nsxd) = jax.lax.scan(piece, zero, (live_n, parts))
+  if "params" in wrt:
+    sums = jax.tree.map(lambda g, p: jnp.sum(g, axis=0).astype(p.dtype), grads["params"], params)
+    grads = {"params": sums}
   if "x" in wrt:
-    grad_btd = _whole(grad_nxd, x_btd.shape)
-    total["x"] = jnp.take_along_axis(grad_btd, inverse_bt[..., None], axis=1)
-  return loss, total
+    grad_btd = _whole(grad_nsxd, x_btd.shape)
+    grads["x"] = jnp.take_along_axis(grad_btd, inverse_bt[..., None], axis=1)
+  return jnp.sum(losses_ns), grads
+
+
+def _each(function: Callable[..., Any], *arrays: Array) -> Any:
+  """`function` for each index of the arrays' first axis; without a batched product for just one."""
+  if len(arrays[0]) == 1:
+    return jax.tree.map(lambda y: y[None], function(*(a[0] for a in arrays)))
+  return jax.vmap(function)(*arrays)
 
 
 def _supervised_first(live_bt: Array) -> tuple[Array, Array]:
@@ -190,8 +233,8 @@ def _supervised_first(live_bt: Array) -> tuple[Array, Array]:
   return order_bt, jnp.argsort(order_bt, axis=1)
 
 
-def _pieces(order_bt: Array, *arrays: Array) -> tuple[Array, ...]:
-  """Arrays [B, T, ...] reordered, padded with zeros and cut along T, [N, B * T / N, ...]."""
+def _pieces(order_bt: Array, shards: int, *arrays: Array) -> tuple[Array, ...]:
+  """Arrays [B, T, ...] reordered, padded with zeros and cut along T, [N, S, X, ...]."""
   b, t = order_bt.shape
   n = min(PIECES, t)
   pad = -t % n
@@ -200,13 +243,13 @@ def _pieces(order_bt: Array, *arrays: Array) -> tuple[Array, ...]:
     a = jnp.take_along_axis(a, order_bt.reshape(b, t, *(1,) * (a.ndim - 2)), axis=1)
     a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
     a = jnp.moveaxis(a.reshape(b, n, -1, *a.shape[2:]), 1, 0)
-    return a.reshape(n, -1, *a.shape[3:])
+    return a.reshape(n, shards, -1, *a.shape[3:])
 
   return tuple(map(cut, arrays))
 
 
 def _whole(a: Array, shape: tuple[int, ...]) -> Array:
-  """What `_pieces` cut, [N, B * T / N, ...], as [B, T, ...] again, without the padding."""
+  """What `_pieces` cut, [N, S, X, ...], as [B, T, ...] again, without the padding."""
   b, t = shape[:2]
-  a = jnp.moveaxis(a.reshape(a.shape[0], b, -1, *a.shape[2:]), 0, 1)
+  a = jnp.moveaxis(a.reshape(a.shape[0], b, -1, *a.shape[3:]), 0, 1)
   return a.reshape(b, -1, *a.shape[3:])[:, :t]

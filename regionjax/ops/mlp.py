@@ -80,5 +80,17 @@ def gated_mlp(
     [..., D] in x's dtype.
   """
   gate, up, down = updates
-  hidden_f = activation(name)(linear(x_d, gate_df, update=gate))
-  return linear(hidden_f * linear(x_d, up_df, update=up), down_fd, update=down)
+  return linear(gated(x_d, gate_df, up_df, name=name, updates=(gate, up)), down_fd, update=down)
+
+
+def gated(
+  x_d: Array,
+  gate_df: Array,
+  up_df: Array,
+  *,
+  name: str,
+  updates: tuple[LowRank | None, LowRank | None] = (None, None),
+) -> Array:
+  """The hidden channels of `gated_mlp`, [..., F]: act(x @ gate) * (x @ up)."""
+  gate, up = updates
+  return activation(name)(linear(x_d, gate_df, update=gate)) * linear(x_d, up_df, update=up)

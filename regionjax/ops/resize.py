@@ -45,15 +45,30 @@ def resize_align_corners(x_bhwc: jax.Array, size_hw: tuple[int, int]) -> jax.Arr
   """
   if x_bhwc.ndim != 4:
     raise ValueError(f"resize_align_corners takes [B, H, W, C], got shape {x_bhwc.shape}")
-  source_hw = x_bhwc.shape[1:3]
+  matrices = (align_corners_matrix(s, t) for s, t in zip(x_bhwc.shape[1:3], size_hw))
+  return interpolate(x_bhwc, *matrices)
+
+
+def interpolate(x_bhwc: jax.Array, rows_yh: np.ndarray, columns_xw: np.ndarray) -> jax.Array:
+  """rows @ x @ columns^T for every channel, in float32; the result has the input's dtype.
+
+  Args:
+    x_bhwc: [B, H, W, C].
+    rows_yh: [Y, H], constant.
+    columns_xw: [X, W], constant.
+
+  Returns:
+    [B, Y, X, C]; the input itself when both matrices are the identity.
+  """
+  matrices, formulas = (rows_yh, columns_xw), ("th,bhwc->btwc", "tw,bhwc->bhtc")
   y_bhwc = x_bhwc
   # Shrink before growing: the intermediate is then as small as it can be.
-  for axis in sorted((0, 1), key=lambda a: size_hw[a] / source_hw[a]):
-    if source_hw[axis] == size_hw[axis]:
+  for axis in sorted((0, 1), key=lambda a: matrices[a].shape[0] / matrices[a].shape[1]):
+    matrix_ts = matrices[axis]
+    if np.array_equal(matrix_ts, np.eye(len(matrix_ts))):
       continue
-    matrix_ts = jnp.asarray(align_corners_matrix(source_hw[axis], size_hw[axis]))
-    formula = "th,bhwc->btwc" if axis == 0 else "tw,bhwc->bhtc"
     y_bhwc = jnp.einsum(
-      formula, matrix_ts, y_bhwc.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+      formulas[axis], jnp.asarray(matrix_ts), y_bhwc.astype(jnp.float32),
+      precision=jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
   return y_bhwc.astype(x_bhwc.dtype)

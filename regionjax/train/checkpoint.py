@@ -1,62 +1,63 @@
-"""Checkpoints of a run: the newest N, and the best one in a place of its own.
+"""Checkpoints of a run: the newest, those kept for ever, and the best one in a place of its own.
 
 Layout: `checkpoints/<step>/` holds the whole state and a JSON record (data state, totals, clock);
-`best/<step>/` holds the trainable parameters with the lowest held-out loss. Orbax writes both in
-the background and renames a checkpoint into place when it is complete. A checksum of the state is
-in the record, so that a checkpoint whose bytes changed on disk is told from a good one.
+`best/<step>/` holds the trainable parameters with the lowest held-out loss. Both are written in the
+background while the run goes on. A write that fails, on a full disk say, is reported and tried
+again at the next save; a checkpoint that cannot be read is reported and an older one is used.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from regionjax.train.processes import wait_for_all
+from regionjax.train.store import CheckpointError, Store
 
 DAMAGED = "damaged"  # folder of a run's unreadable checkpoints
-
-
-class CheckpointError(OSError):
-  """No checkpoint of a run can be read."""
-
-
-@jax.jit
-def checksum(tree: Any) -> jax.Array:
-  """uint32 scalar: the sum of all leaves' bits, modulo 2^32; the same on any device or mesh."""
-  total = jnp.zeros((), jnp.uint32)
-  for k, leaf in enumerate(jax.tree.leaves(tree)):
-    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, words).astype(jnp.uint32)
-    total = total + jnp.uint32(2 * k + 1) * jnp.sum(bits, dtype=jnp.uint32)
-  return total
 
 
 class Checkpoints:
   """Saves and restores a run's state under a work folder.
 
   Args:
-    workdir: of the run.
-    keep: how many checkpoints stay. None is for readers, under whom the run may be writing: they
-      change nothing in the folder, neither what a run was killed in the middle of nor what is
-      damaged, and bear that checkpoints come and go.
+    workdir: the run's folder.
+    keep: the newest so many checkpoints stay.
+    keep_every: those at its multiples stay too, for ever; 0: none.
+    read_only: for looking into a folder that a run may be writing: nothing there is changed,
+      neither what the run was killed in the middle of nor what is damaged, and checkpoints may come
+      and go.
     log: takes a line of text.
   """
 
   def __init__(
-    self, workdir: Path, *, keep: int | None, log: Callable[[str], None] = print
+    self,
+    workdir: Path,
+    *,
+    keep: int,
+    keep_every: int = 0,
+    read_only: bool = False,
+    log: Callable[[str], None] = print,
   ) -> None:
-    self._workdir, self._log, self._reads = workdir, log, keep is None
-    self._latest = _manager(workdir / "checkpoints", keep)
-    self._best = _manager(workdir / "best", None if self._reads else 1)
+    self._workdir, self._log, self._read_only = workdir, log, read_only
+    self._latest = Store(
+      workdir / "checkpoints", keep=keep, keep_every=keep_every, read_only=read_only
+    )
+    self._best = Store(workdir / "best", keep=1, read_only=read_only)
+    self._stores = (("checkpoint", self._latest), ("best checkpoint", self._best))
 
   def steps(self) -> list[int]:
-    """Steps that have a checkpoint, oldest first."""
-    if not self._reads:
-      return sorted(self._latest.all_steps())
+    """Steps that have a checkpoint, oldest first; one that is being written counts."""
+    if not self._read_only:
+      return self._latest.steps()
     # Orbax remembers what it saw. Digits only: what is being written has another name.
     names = (path.name for path in (self._workdir / "checkpoints").glob("*"))
     return sorted(int(name) for name in names if name.isdigit())
@@ -64,13 +65,33 @@ class Checkpoints:
   def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
     """Starts writing a checkpoint; a no-op if this step already has one.
 
-    Returns when the arrays have been copied from the devices: the state may then be donated.
+    Returns when the arrays have been copied from the devices: the state may then be donated. Waits
+    for the write before, if it still goes on. What fails is told through `log`.
 
     Args:
       record: JSON-able; comes back from `restore_latest`.
     """
-    if step not in self._latest.all_steps():
-      _save(self._latest, step, state, record)
+    self._settle(wait=True, only=self._latest)
+    if step not in self._latest.steps():
+      self._begin("checkpoint", self._latest, step, state, record)
+
+  def save_last(self, step: int, state: Any, record: dict[str, Any]) -> None:
+    """Saves, and waits until everything has been written; tries twice.
+
+    Raises:
+      CheckpointError: this state could not be written.
+    """
+    for _ in range(2):
+      self.save(step, state, record)
+      self.wait()
+      if step in self._latest.steps():
+        return
+    steps = self._latest.steps()
+    newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
+    raise CheckpointError(
+      f"the state of step {step} could not be saved in {self._workdir}: {newest}. Free some space "
+      "there, then the same command goes on from it"
+    )
 
   def save_best(self, step: int, trainable: Any, record: dict[str, Any]) -> None:
     """Starts writing the best parameters; they replace the previous best when complete.
@@ -78,16 +99,20 @@ class Checkpoints:
     Those of this step or a later one are of a part of the run that was lost and is now repeated:
     they go first, since Orbax keeps the highest step and not the newest.
     """
-    for stale in [s for s in self._best.all_steps() if s >= step]:
-      self._best.wait_until_finished()
+    self._settle(wait=True, only=self._best)
+    for stale in [s for s in self._best.steps() if s >= step]:
       self._best.delete(stale)
-    _save(self._best, step, trainable, record)
+    self._begin("best checkpoint", self._best, step, trainable, record)
+
+  def poll(self) -> None:
+    """Tells, without waiting, of writes that have failed meanwhile."""
+    self._settle(wait=False)
 
   def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest readable checkpoint, or None where there is none, not even a damaged one.
 
     Damaged ones are named through `log`, moved to `damaged/` (not by a reader) and passed over.
-    Nothing is deleted.
+    Nothing is deleted. With several processes one counts as damaged if any of them cannot read it.
 
     Args:
       like: a tree of jax.ShapeDtypeStruct with shardings.
@@ -103,15 +128,19 @@ class Checkpoints:
     while left := [step for step in self.steps() if step not in tried]:
       step = left[-1]
       tried.append(step)
+      restored, reason = None, "another process cannot read it"
       try:
-        return _restore(self._latest, step, like)
+        restored = self._latest.restore(step, like)
       except Exception as error:  # whatever a broken file makes a reader raise
-        if self._reads and step not in self.steps():
-          continue  # its run has removed it, when a newer one was complete
-        use = f"using step {left[-2]}" if len(left) > 1 else "and there is no older one"
-        reason = " ".join(str(error).split())[:160]
-        moved = "" if self._reads else f"; moved to {self._set_aside(step)}"
-        self._log(f"checkpoint of step {step} is damaged ({reason}){moved}; {use}")
+        reason = _in_short(error)
+      if _agreed(restored is not None):
+        return restored
+      if self._read_only and step not in self.steps():
+        continue  # its run has removed it, when a newer one was complete
+      older = left[-2] if len(left) > 1 else None
+      moved = "" if self._read_only else f"; moved to {self._set_aside(step)}"
+      use = f"using step {older}" if older is not None else "and there is no older one"
+      self._log(f"checkpoint of step {step} is damaged ({reason}){moved}; {use}")
     lost = self._set_aside_before()
     if tried or lost:
       raise CheckpointError(
@@ -124,23 +153,43 @@ class Checkpoints:
 
   def restore_best(self, step: int, like: Any) -> Any | None:
     """Trainable parameters of the best evaluation, at `step`; None, and said, if unreadable."""
-    self._best.wait_until_finished()
+    self._settle(wait=True, only=self._best)
+    best, reason = None, "another process cannot read it"
     try:
-      return _restore(self._best, step, like)[0]
+      best = self._best.restore(step, like)[0]
     except Exception as error:
-      reason = " ".join(str(error).split())[:160]
-      self._log(f"the best checkpoint (step {step}) cannot be read ({reason}); not used")
-      return None
+      reason = _in_short(error)
+    if _agreed(best is not None):
+      return best
+    self._log(f"the best checkpoint (step {step}) cannot be read ({reason}); not used")
+    return None
 
   def wait(self) -> None:
-    """Returns when everything has been written."""
-    self._latest.wait_until_finished()
-    self._best.wait_until_finished()
+    """Returns when everything has been written, or has failed, which is told."""
+    self._settle(wait=True)
 
   def close(self) -> None:
     """Waits, and frees the threads."""
+    self.wait()
     self._latest.close()
     self._best.close()
+
+  def _begin(self, name: str, store: Store, step: int, state: Any, record: dict[str, Any]) -> None:
+    try:
+      store.save(step, state, record)
+    except Exception as error:  # whatever a full or broken disk makes a writer raise
+      self._tell(name, step, error)
+
+  def _settle(self, *, wait: bool, only: Store | None = None) -> None:
+    for name, store in self._stores:
+      failed = store.settle(wait=wait) if only in (None, store) else None
+      if failed is not None:
+        self._tell(name, *failed)
+
+  def _tell(self, name: str, step: int, error: Exception) -> None:
+    self._log(
+      f"the {name} of step {step} could not be written ({_in_short(error)}); going on without it"
+    )
 
   def _set_aside_before(self) -> list[int]:
     """Steps of the checkpoints that were found damaged, now or in an earlier call."""
@@ -155,31 +204,21 @@ class Checkpoints:
         shutil.rmtree(target)
       target.parent.mkdir(exist_ok=True)
       shutil.move(self._workdir / "checkpoints" / str(step), target)
+    wait_for_all(f"checkpoint {step} set aside")
     self._latest.reload()
     return target
 
 
-def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
-  """Orbax's own; without `keep` one that opens a folder and leaves it as it is."""
-  # Cleaning up removes what another process is writing at this moment.
-  owns = keep is not None
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=owns, create=owns
-  )
-  return ocp.CheckpointManager(folder.absolute(), options=options)
+def _agreed(ok: bool) -> bool:
+  """Whether all processes say so."""
+  if jax.process_count() == 1:
+    return ok
+  return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
-def _save(manager: ocp.CheckpointManager, step: int, state: Any, record: dict[str, Any]) -> None:
-  record = record | {"checksum": int(checksum(state))}
-  args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-  manager.save(step, args=args, force=True)
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-  args = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
-  restored = manager.restore(step, args=args)
-  state, record = restored["state"], dict(restored["record"])
-  expected, found = record.pop("checksum", None), int(checksum(state))
-  if found != expected:
-    raise CheckpointError(f"its checksum is {found}, {expected} was written")
-  return state, record
+def _in_short(error: Exception) -> str:
+  """An error in one line: the beginning of what it says, and the system's reason if it has one."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  code = re.search(r"os_error_code='(\d+)'", text)  # TensorStore's way, behind two long paths
+  reason = f"; {os.strerror(int(code[1]))}" if code else ""
+  return (text if len(text) <= 160 else text[:157] + "...") + reason

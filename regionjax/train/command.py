@@ -17,6 +17,18 @@ Any setting of the config can be overridden by its dotted name:
 The same command goes on from the newest checkpoint in the work folder. Ctrl-C finishes the step,
 saves and stops. --train.stop_after_minutes=60 ends the run, its learning-rate schedule included,
 after that time; such a run cannot be repeated bit by bit, since the clock drives it.
+
+SIGTERM saves too, and a killed process loses what came after its newest checkpoint: the same
+command does that again, with the same bits. Checkpoints are written while the run goes on, every
+--train.save_every steps; the newest --train.keep stay, and with --train.keep_every=5000 those of
+each 5000th step for ever. One that cannot be read is named and an older one is used; one that
+cannot be written, on a full disk say, is named and the next one tried. goodput.jsonl tells what
+the time went into.
+
+All devices share the rows of a batch. --train.mesh.fsdp=8 splits the parameters as well, and
+--train.mesh.tensor=4 the work on each row; a run may go on on another mesh. On several hosts start
+the same command on each, with a work folder that all of them see; they find each other under
+Slurm, MPI and on a Cloud TPU, and by --distributed elsewhere.
 """
 
 
@@ -30,6 +42,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--workdir", required=True, type=Path, metavar="DIR",
     help="folder of this run: checkpoints, metrics, and in the end release/",
   )  # fmt: skip
+  parser.add_argument(
+    "--distributed", default="", metavar="WHERE",
+    help="how to join the other processes of the run: auto, off, or HOST:PORT,PROCESSES,INDEX with "
+    "the address of process 0 (default: as the environment says)",
+  )  # fmt: skip
+  parser.add_argument(
+    "--stopped-exit-code", type=int, metavar="N",
+    help="exit code of a run that a signal stopped before its end, for schedulers that start it "
+    "again (default: 0 after SIGTERM, 130 after Ctrl-C)",
+  )  # fmt: skip
+  parser.add_argument(
+    "--profile", metavar="FIRST:LAST",
+    help="trace these steps (counted from 1, 10:12 are three) into the work folder's profile/",
+  )  # fmt: skip
+  parser.add_argument(
+    "--compile-cache", metavar="DIR",
+    help="where compiled programs are kept for the next start, off for nowhere (default: "
+    "$JAX_COMPILATION_CACHE_DIR, else regionjax/xla in the user's cache folder). Machines may "
+    "share it: an entry serves only the same program, versions and kind of processor. On several "
+    "hosts only the first one writes; name a folder, or gs://, that all see",
+  )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,11 +72,24 @@ def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   keep_freed_memory()
   # After the config is known to be sound: importing jax and its friends takes seconds.
-  from regionjax.train.loop import DivergedError, train
+  import jax
 
+  from regionjax.distributed import connect
+  from regionjax.train.loop import DivergedError, train
+  from regionjax.train.profile import parse_steps
+
+  profile = parse_steps(args.profile) if args.profile else None
   words = ["regionjax", "train", args.config, *args.overrides, "--workdir", str(args.workdir)]
+  if args.compile_cache:
+    cache = None if args.compile_cache == "off" else args.compile_cache
+    jax.config.update("jax_compilation_cache_dir", cache)
+    words += ["--compile-cache", args.compile_cache]
+  connect(args.distributed)
   try:
-    return train(config, args.workdir, command=shlex.join(words)).exit_code
+    outcome = train(config, args.workdir, command=shlex.join(words), profile=profile)
   except DivergedError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  if args.stopped_exit_code is not None and not outcome.finished:
+    return args.stopped_exit_code
+  return outcome.exit_code

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from regionjax.config import Config, SourceConfig
 from regionjax.data.scenes_dialogue import TASKS
-from regionjax.mesh import put_batch
+from regionjax.mesh import own_rows, put_batch
 from regionjax.train.step import Forward, make_eval_step
 
 Batches = Sequence[tuple[Any, Any]]  # (batch, meta) as data.pipeline gives them, all hosts' rows
@@ -68,12 +68,15 @@ class Evaluator:
     forward: the model.
     batches: `(batch, meta)` with the rows of all hosts.
     mesh: where to run.
+    shardings: of the state on it; see `make_eval_step`.
   """
 
-  def __init__(self, forward: Forward, batches: Batches, mesh: Mesh) -> None:
+  def __init__(
+    self, forward: Forward, batches: Batches, mesh: Mesh, *, shardings: Any = None
+  ) -> None:
     self._batches, self._mesh = batches, mesh
     most = max((int(b["answer_ids_bt"].max()) for b, _ in batches), default=0)
-    self._step = make_eval_step(forward, max(most, 1), mesh)
+    self._step = make_eval_step(forward, max(most, 1), mesh, shardings=shardings)
 
   def __call__(self, trainable: Any, frozen: Any) -> Evaluation:
     """Evaluates; reads each batch's result while the next one computes."""
@@ -83,7 +86,8 @@ class Evaluator:
     for batch, meta in [*self._batches, (None, None)]:
       result = None
       if batch is not None:
-        own = put_batch(_own_rows(batch), self._mesh)
+        rows = own_rows(self._mesh, len(batch["tokens_bt"]))
+        own = put_batch({name: value[rows] for name, value in batch.items()}, self._mesh)
         result = (self._step(trainable, frozen, own), meta)
       if pending is not None:
         sums, answers = jax.device_get(pending[0]), pending[1]
@@ -123,13 +127,6 @@ def held_out_batches(config: Config, renderer: Any) -> list[tuple[Any, Any]]:
     count = max(1, round(config.train.eval_examples * source.weight / total))
     out += make_eval_batches(make_source(held_out_config(source)), renderer, config, count)
   return out
-
-
-def _own_rows(batch: Any) -> dict[str, np.ndarray]:
-  rows = len(batch["tokens_bt"])
-  share = rows // jax.process_count()
-  mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-  return {name: value[mine] for name, value in batch.items()}
 
 
 def _count(cells: Any, right_ba: np.ndarray, present_ba: np.ndarray, meta: Any) -> None:

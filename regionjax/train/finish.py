@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from regionjax.config import Config, ConfigError
 from regionjax.config_files import read_config
 from regionjax.train import workdir as workdirs
 from regionjax.train.card import write_card
 from regionjax.train.checkpoint import Checkpoints
+from regionjax.train.goodput import in_words, read_report
 from regionjax.train.initial import Origin, read_origin
 from regionjax.train.ledger import Ledger
 from regionjax.train.metrics import read_metrics
 from regionjax.train.optim import make_optimizer
 from regionjax.train.plots import plot_run
+from regionjax.train.processes import to_host
 from regionjax.train.progress import short
 from regionjax.train.start import Run, model_functions
 from regionjax.train.state import (
@@ -50,6 +51,7 @@ def finish(
     data={**run.pipeline.stats(), "sources": run.reports},
     peak=peak,
     command=command,
+    goodput=read_report(run.workdir),
   )
   export(
     run.config, run.tokenizer, run.state, run.ledger, run.checkpoints,
@@ -65,6 +67,8 @@ def finish(
     + (f", exact match {accuracy:.1%}" if accuracy is not None else "")
     + f"; release/, curves.png and summary.json are in {run.workdir}"
   )
+  if summary["goodput"] is not None:
+    log(in_words(summary["goodput"]))
   return summary
 
 
@@ -107,7 +111,7 @@ def export(
   frozen = state.frozen
   if form == "adapter" and origin is not None:
     frozen = _without(frozen, origin.of_base)
-  params = jax.tree.map(np.asarray, merge(trainable, frozen))
+  params = jax.tree.map(to_host, merge(trainable, frozen))
   if jax.process_index() == 0:
     card = write_card(config, summary, step=step)
     _write(form, folder, config, params, tokenizer, card, origin)
@@ -172,8 +176,6 @@ def export_workdir(
 ) -> Path:
   """Makes a release from a work folder, finished or not.
 
-  The folder is only read, so that its run may go on meanwhile.
-
   Args:
     workdir: of the run.
     folder: the release to write.
@@ -194,7 +196,7 @@ def export_workdir(
   tokenizer = load_tokenizer(config.prompt.tokenizer, config.prompt.added_tokens)
   build = make_init(config, model_functions(config, tokenizer)[1], make_optimizer(config.train))
   device = jax.devices()[0]
-  checkpoints = Checkpoints(workdir, keep=None, log=log)
+  checkpoints = Checkpoints(workdir, keep=config.train.keep, read_only=True, log=log)
   try:
     like = abstract(build, jax.sharding.SingleDeviceSharding(device))
     restored = checkpoints.restore_latest(like)
@@ -204,7 +206,7 @@ def export_workdir(
       )
     state, record = restored
     ledger = Ledger(**record["ledger"])
-    summary = summarize(config, state, ledger, devices=[device])
+    summary = summarize(config, state, ledger, devices=[device], goodput=read_report(workdir))
     path = workdir / "summary.json"
     if path.is_file():
       told = json.loads(path.read_text())

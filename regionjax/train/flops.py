@@ -26,5 +26,6 @@ def step_flops(config: Config, values: Mapping[str, float]) -> float:
     tokens=values["tokens"] / examples,
     images=values["images"] / examples,
     regions=values["regions"] / examples,
+    region_images=values["region_images"] / examples,
     trainable=config.train.trainable,
   )

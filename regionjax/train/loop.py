@@ -3,7 +3,8 @@
 Step t is dispatched before the metrics of step t - 1 are read, so the device never waits for the
 host. Everything that must survive a stop is in the state, the data state and the ledger; a run
 that is stopped and resumed gives the same bits as one that is not, unless a time limit drives its
-learning rate.
+learning rate. The processes of a run agree before each step whether to take it: one that stopped
+alone would leave the others waiting for it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from regionjax.config import Config
-from regionjax.mesh import make_mesh, put_batch
+from regionjax.mesh import from_config, put_batch
 from regionjax.train.finish import finish
 from regionjax.train.flops import step_flops
+from regionjax.train.goodput import Goodput
 from regionjax.train.metrics import MetricsWriter
-from regionjax.train.progress import Clock, Progress, duration, short
+from regionjax.train.processes import Agreement
+from regionjax.train.profile import Profiler, Steps
+from regionjax.train.progress import Clock, Progress, Silent, duration, short
 from regionjax.train.signals import StopRequest
 from regionjax.train.speed import peak_flops
 from regionjax.train.start import Run, record, start
@@ -57,6 +61,7 @@ def train(
   mesh: Mesh | None = None,
   command: str = "",
   progress: Progress | None = None,
+  profile: Steps | None = None,
 ) -> Outcome:
   """Trains, or goes on training, in a work folder.
 
@@ -64,56 +69,64 @@ def train(
   time is up, compilation and evaluations included; the last evaluation and the export come after.
   The clock drives such a run, so that it cannot be repeated bit by bit.
 
-  Leaves there: config.json, checkpoints/, best/, metrics.jsonl, tensorboard/, and when finished
-  curves.png, summary.json and release/.
+  Leaves there: config.json, checkpoints/, best/, metrics.jsonl, goodput.jsonl, tensorboard/, and
+  when finished curves.png, summary.json and release/.
 
   Args:
     config: the run.
     workdir: its folder, made if missing.
-    mesh: by default all devices share the rows.
+    mesh: by default that of `train.mesh` over all devices.
     command: how to start this run again; shown when it is stopped, kept in the summary and card.
-    progress: where to report; by default stderr.
+    progress: where to report; by default stderr, of process 0 alone.
+    profile: the first and the last step to trace into profile/.
 
   Raises:
     ConfigError: the config cannot run, or the folder is that of another one.
-    CheckpointError: no checkpoint of the folder is readable.
+    CheckpointError: no checkpoint of the folder is readable, or the last state cannot be saved.
     DivergedError: the loss became NaN or infinite; earlier checkpoints are kept.
   """
   begun = time.monotonic()
-  progress = Progress() if progress is None else progress
-  mesh = make_mesh() if mesh is None else mesh
-  run = start(config, Path(workdir), mesh=mesh, log=progress.message)
-  loop = _Loop(run, progress, begun)
-  try:
-    stop = loop.run()
-    if not loop.done:
+  if progress is None:
+    progress = Progress() if jax.process_index() == 0 else Silent()
+  mesh = from_config(config.train.mesh) if mesh is None else mesh
+  with Goodput() as goodput:
+    run = start(config, Path(workdir), mesh=mesh, log=progress.message)
+    loop = _Loop(run, progress, begun, goodput=goodput, profile=profile)
+    try:
+      stop = loop.run()
       progress.close()
-      again = f"; to go on:\n  {command}" if command else ""
-      progress.message(f"stopped at step {run.ledger.step}, saved{again}")
-      return Outcome(False, run.ledger.step, stop.exit_code)
-    progress.close()
-    summary = finish(run, peak=loop.peak, command=command, log=progress.message)
-    return Outcome(True, run.ledger.step, 0, summary)
-  finally:
-    progress.close()
-    loop.close()
+      if not loop.done:
+        again = f"; to go on:\n  {command}" if command else ""
+        progress.message(f"stopped at step {run.ledger.step}, saved{again}")
+        return Outcome(False, run.ledger.step, stop.exit_code)
+      summary = finish(run, peak=loop.peak, command=command, log=progress.message)
+      return Outcome(True, run.ledger.step, 0, summary)
+    finally:
+      progress.close()
+      loop.close()
 
 
 class _Loop:
   """Steps, evaluations, checkpoints and reports of one process's part of a run."""
 
-  def __init__(self, run: Run, progress: Progress, begun: float) -> None:
-    self._run, self._progress = run, progress
+  def __init__(
+    self, run: Run, progress: Progress, begun: float, *, goodput: Goodput, profile: Steps | None
+  ) -> None:
+    self._run, self._progress, self._goodput = run, progress, goodput
     ledger = run.ledger
     self._writer = MetricsWriter(run.workdir, step=ledger.step, enabled=jax.process_index() == 0)
     self._clock = Clock(ledger.elapsed + time.monotonic() - begun)
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self.done = False  # by its own end, not by a signal
+    self._agree = Agreement()
+    self._share = 0.0  # as agreed before the step
     self._compiled = False
-    self._paused = 0.0  # seconds of evaluations and saves since the last log
-    self._waited = 0.0  # seconds of waiting for data since the last log
-    self._since = (time.monotonic(), dict(ledger.totals), ledger.step)
+    first = jax.process_index() == 0
+    traced = profile if first else None
+    self._profiler = Profiler(traced, run.workdir / "profile", log=progress.message)
     self.peak = peak_flops(list(run.mesh.devices.flat))
+    goodput.begin(ledger.step, run.workdir if first else None)
+    self._since = (dict(goodput.seconds), dict(ledger.totals), ledger.step)  # at the last log
 
   @property
   def share(self) -> float:
@@ -129,19 +142,19 @@ class _Loop:
     train = self._run.config.train
     ledger = self._run.ledger
     with StopRequest() as stop:
-      while self.share < 1 and stop.received is None:
+      while self._goes_on(stop):
         self._step()
         if train.eval_every and ledger.step % train.eval_every == 0:
           self._evaluate()
         if train.save_every and ledger.step % train.save_every == 0:
           self._save()
-      self.done = stop.received is None
+      self.done = self._share >= 1
       self._read()
       last = ledger.evaluation["step"] if ledger.evaluation else -1
       if self.done and self._run.evaluator is not None and last != ledger.step:
         self._evaluate()
-      self._save()
-      self._run.checkpoints.wait()
+      self._profiler.close(ledger.step)
+      self._save(last=True)
     return stop
 
   def close(self) -> None:
@@ -151,26 +164,42 @@ class _Loop:
     if self._run.lock is not None:
       self._run.lock.close()
 
+  def _goes_on(self, stop: StopRequest) -> bool:
+    """Whether there is another step; the same in every process."""
+    self._share, stopped = self._agree(self.share, stop.received is not None)
+    if stopped:
+      self._share = min(self._share, math.nextafter(1.0, 0.0))  # asked to stop, it isn't done
+    return self._share < 1 and not stopped
+
   def _step(self) -> None:
     run, ledger = self._run, self._run.ledger
-    before = time.monotonic()
     try:
-      batch, _ = next(run.pipeline)
+      with self._goodput.measure("data"):
+        batch, _ = next(run.pipeline)
     except Exception:  # an unreadable image, say: what was learned so far isn't lost
-      self._save()
-      run.checkpoints.wait()
+      if jax.process_count() == 1:  # others go on, and would not take part in saving
+        self._save()
+        run.checkpoints.wait()
       raise
-    self._waited += time.monotonic() - before
-    share = np.float32(self.share)
-    run.state, metrics = run.train_step(run.state, put_batch(batch, run.mesh), share)
+    step = ledger.step + 1
+    if self._profiler.starts(step):
+      self._read()
+      self._profiler.start(step)
+    share = np.float32(self._share)
+    with self._goodput.measure("step"), self._profiler.step(step):
+      run.state, metrics = run.train_step(run.state, put_batch(batch, run.mesh), share)
     self._read()
-    ledger.step += 1
-    self._pending = (ledger.step, metrics)
+    ledger.step = step
+    self._pending = (step, metrics)
+    if self._profiler.ends(step):
+      self._read()
+      self._profiler.stop(step)
     if not self._compiled:
       self._read()
       self._compiled = True  # rates and the estimate of what is left count from here
       self._clock.begin(self.share)
-      self._since = (time.monotonic(), dict(ledger.totals), ledger.step)
+      self._goodput.flush(step)
+      self._since = (dict(self._goodput.seconds), dict(ledger.totals), step)
 
   def _read(self) -> None:
     """Reads the metrics that are still on the device, and logs if it is time to."""
@@ -179,7 +208,8 @@ class _Loop:
     run, ledger = self._run, self._run.ledger
     step, metrics = self._pending
     self._pending = None
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    with self._goodput.measure("step"):  # it may still run
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not (math.isfinite(values["loss_sum"]) and math.isfinite(values["grad_norm"])):
       kept = run.checkpoints.steps()
       raise DivergedError(
@@ -195,8 +225,10 @@ class _Loop:
 
   def _log(self, step: int, values: dict[str, float]) -> None:
     ledger = self._run.ledger
-    start, totals, first = self._since
-    seconds = time.monotonic() - start - self._paused
+    self._goodput.flush(step)
+    before, totals, first = self._since
+    spent = {kind: value - before[kind] for kind, value in self._goodput.seconds.items()}
+    seconds = spent["step"] + spent["data"] + spent["other"]
     rates: dict[str, float] = {}
     if self._compiled and step > first and seconds > 0:
       speed = {name: (ledger.totals[name] - totals[name]) / seconds for name in totals}
@@ -204,7 +236,7 @@ class _Loop:
         "tokens_per_second": speed["tokens"],
         "examples_per_second": speed["examples"],
         "seconds_per_step": seconds / (step - first),
-        "data_wait": self._waited / seconds,
+        "data_wait": spent["data"] / seconds,
       }
       if self.peak:
         rates["mfu"] = speed["flops"] / self.peak
@@ -216,9 +248,9 @@ class _Loop:
       **ledger.totals,
     }
     self._writer.write("train", step, ledger.train | rates | {"elapsed": ledger.elapsed})
-    self._since = (time.monotonic(), dict(ledger.totals), step)
-    self._paused = self._waited = 0.0
+    self._since = (dict(self._goodput.seconds), dict(ledger.totals), step)
     self._show(step, rates)
+    self._run.checkpoints.poll()
 
   def _show(self, step: int, rates: dict[str, float]) -> None:
     parts = [f"loss {self._run.ledger.train['loss']:.4f}"]  # type: ignore[index]
@@ -237,20 +269,24 @@ class _Loop:
       return
     self._read()
     before = time.monotonic()
-    values = run.evaluator(run.state.trainable, run.state.frozen).to_json()
+    with self._goodput.measure("evaluation"):
+      values = run.evaluator(run.state.trainable, run.state.frozen).to_json()
     if ledger.note_evaluation(ledger.step, values):
-      run.checkpoints.save_best(ledger.step, run.state.trainable, {"loss": values["loss"]})
+      with self._goodput.measure("checkpoint"):
+        run.checkpoints.save_best(ledger.step, run.state.trainable, {"loss": values["loss"]})
     seconds = time.monotonic() - before
     self._writer.write("eval", ledger.step, values | {"seconds": seconds})
+    self._goodput.flush(ledger.step)
     self._progress.message(
       f"step {ledger.step}: evaluation loss {values['loss']:.4f}, exact match "
       f"{values['accuracy']:.1%} of {values['answers']} answers ({seconds:.1f} s)"
     )
-    self._paused += seconds
 
-  def _save(self) -> None:
+  def _save(self, *, last: bool = False) -> None:
     self._read()  # a diverged state is not saved
-    before = time.monotonic()
-    self._run.ledger.elapsed = self._clock.elapsed
-    self._run.checkpoints.save(self._run.ledger.step, self._run.state, record(self._run))
-    self._paused += time.monotonic() - before
+    run = self._run
+    run.ledger.elapsed = self._clock.elapsed
+    with self._goodput.measure("checkpoint"):
+      save = run.checkpoints.save_last if last else run.checkpoints.save
+      save(run.ledger.step, run.state, record(run))
+    self._goodput.flush(run.ledger.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -33,28 +34,40 @@ class Progress:
     """
     head = f"step {step}/{steps}"
     if not self._live:
-      self._stream.write("  ".join([head, f"{share:.0%}", *parts]) + "\n")
-      self._stream.flush()
+      self._write("  ".join([head, f"{share:.0%}", *parts]) + "\n")
       return
     line = "  ".join([head, _bar(share, 16) + f" {share:.0%}", *parts])
     self._last = line[: shutil.get_terminal_size().columns - 1]
-    self._stream.write("\r\033[K" + self._last)
-    self._stream.flush()
+    self._write("\r\033[K" + self._last)
 
   def message(self, text: str) -> None:
     """Prints a line of its own, above the bar."""
     if self._live and self._last:
-      self._stream.write("\r\033[K" + text + "\n" + self._last)
+      self._write("\r\033[K" + text + "\n" + self._last)
     else:
-      self._stream.write(text + "\n")
-    self._stream.flush()
+      self._write(text + "\n")
 
   def close(self) -> None:
     """Leaves the last line standing."""
     if self._live and self._last:
-      self._stream.write("\n")
-      self._stream.flush()
+      self._write("\n")
       self._last = ""
+
+  def _write(self, text: str) -> None:
+    # Where it goes to a file on a full disk, or to a terminal that is gone, the run goes on.
+    with contextlib.suppress(OSError):
+      self._stream.write(text)
+      self._stream.flush()
+
+
+class Silent(Progress):
+  """Shows nothing: for all processes of a run but the first."""
+
+  def update(self, step: int, steps: int, share: float, parts: list[str]) -> None:
+    return
+
+  def message(self, text: str) -> None:
+    return
 
 
 class Clock:

@@ -11,7 +11,11 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 0}
 
 
 class StopRequest:
-  """While entered, the first SIGINT or SIGTERM is only noted; a second one acts at once.
+  """While entered, the first SIGINT or SIGTERM is only noted.
+
+  A second Ctrl-C acts at once: somebody is impatient. A second SIGTERM doesn't: a scheduler's own
+  and a copy of it that a wrapper script passes on often come in pairs, and would end the run while
+  it saves.
 
   Attributes:
     received: the signal, or None.
@@ -32,7 +36,8 @@ class StopRequest:
     value: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    self._restore()
+    for number in list(self._previous):
+      self._restore(number)
 
   @property
   def exit_code(self) -> int:
@@ -40,10 +45,11 @@ class StopRequest:
     return EXIT_CODES[self.received] if self.received is not None else 0
 
   def _note(self, number: int, frame: FrameType | None) -> None:
-    self.received = signal.Signals(number)
-    self._restore()
+    if self.received is None:
+      self.received = signal.Signals(number)
+    if number == signal.SIGINT:
+      self._restore(number)
 
-  def _restore(self) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-    self._previous = {}
+  def _restore(self, number: int) -> None:
+    if number in self._previous:
+      signal.signal(number, self._previous.pop(number))

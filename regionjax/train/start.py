@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from regionjax import mesh as meshes
+from regionjax import partition
 from regionjax.config import Config, ConfigError
 from regionjax.train import workdir as workdirs
 from regionjax.train.checkpoint import CheckpointError, Checkpoints
@@ -20,14 +20,18 @@ from regionjax.train.evals import Evaluator, held_out_batches
 from regionjax.train.initial import Given, given_params, write_origin
 from regionjax.train.ledger import Ledger
 from regionjax.train.optim import SCHEDULES, make_optimizer
+from regionjax.train.processes import wait_for_all
 from regionjax.train.state import (
   Params,
   TrainState,
   abstract,
+  flatten_paths,
   make_init,
+  unflatten_paths,
 )
 from regionjax.train.step import Forward, make_train_step
 from regionjax.train.summary import source_reports
+from regionjax.weights.placement import place
 
 Log = Callable[[str], None]
 Init = Callable[[jax.Array], Params]  # key -> parameters
@@ -55,8 +59,8 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
   """Builds a run, from its newest checkpoint if the folder holds one.
 
   Raises:
-    ConfigError: settings that don't go together, or a work folder of another config or in use by
-      another process, in which nothing is changed.
+    ConfigError: settings that don't go together, a mesh that can't split the model, or a work
+      folder of another config or in use by another process, in which nothing is changed.
     CheckpointError: there are checkpoints and none is readable.
     DataError: a source's complaint about its files.
   """
@@ -73,7 +77,7 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
   check_resize(config.prompt, config.data.resize)
   sources = [make_source(source) for source in config.data.sources]
   pipeline = Pipeline(
-    config, renderer, sources=sources, host=jax.process_index(), hosts=jax.process_count()
+    config, renderer, sources=sources, rows=meshes.own_rows(mesh, config.data.rows)
   )
   reports = source_reports(sources)
   for report in reports:
@@ -81,8 +85,8 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
   forward, init = model_functions(config, tokenizer)
   optimizer = make_optimizer(config.train)
   build = make_init(config, init, optimizer)
-  same = meshes.replicated(mesh)
-  like = abstract(build, same)
+  like = abstract(build, lambda shapes: partition.shardings(config.model, shapes, mesh))
+  lies = jax.tree.map(lambda x: x.sharding, like)
   given = Given({})
   # Digits only: a checkpoint that was being written when the run was killed is none.
   if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
@@ -90,27 +94,32 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
     given = given_params(config, shapes, tokenizer, log=log)
   evaluator = None
   if config.train.eval_every > 0:
-    evaluator = Evaluator(forward, held_out_batches(config, renderer), mesh)
+    evaluator = Evaluator(forward, held_out_batches(config, renderer), mesh, shardings=lies)
 
+  wait_for_all("checked")  # before process 0 puts anything into the folder
   with contextlib.ExitStack() as on_failure:
     lock = workdirs.lock(workdir)
     if lock is not None:
       on_failure.callback(lock.close)
       workdirs.check(workdir, config, log=lambda _: None)  # another may have had it until now
     workdirs.register(workdir, config)
-    checkpoints = Checkpoints(workdir, keep=config.train.keep, log=log)
+    wait_for_all("registered")
+    checkpoints = Checkpoints(
+      workdir, keep=config.train.keep, keep_every=config.train.keep_every, log=log
+    )
     on_failure.callback(checkpoints.close)
     restored = checkpoints.restore_latest(like)
     if restored is None:
       if jax.process_index() == 0:
         write_origin(workdir, config, given)
       key = jax.random.key(config.train.seed)
-      state, ledger = jax.jit(build, out_shardings=same)(key, given.params), Ledger()
+      params = _placed(config, given.params, mesh)
+      state, ledger = jax.jit(build, out_shardings=lies)(key, params), Ledger()
     else:
       state, record = restored
       ledger = _resume(record, pipeline, tokenizer)
       log(f"going on from step {ledger.step} in {workdir}")
-    step = make_train_step(config, forward, optimizer, mesh)
+    step = make_train_step(config, forward, optimizer, mesh, shardings=lies)
     on_failure.pop_all()
   return Run(
     config, workdir, mesh, tokenizer, pipeline, step, evaluator, checkpoints, state, ledger,
@@ -142,20 +151,28 @@ def model_functions(config: Config, tokenizer: Any) -> tuple[Forward, Init]:
     logits: Any = model.apply({"params": params}, x_btd, method="logits")
     return logits
 
-  forward = Forward(hidden, head, functools.partial(head_params, config.model))
-  return forward, lambda key: init_params(config.model, key)
+  def params_of_head(params: Params) -> Params:
+    return partition.gathered(config.model, head_params(config.model, params))
+
+  return Forward(hidden, head, params_of_head), lambda key: init_params(config.model, key)
 
 
 def check(config: Config, mesh: Mesh, tokenizer: Any) -> None:
   """Raises ConfigError for settings that cannot run together."""
   train, data, decoder = config.train, config.data, config.model.decoder
   least = {
-    "steps": 1, "accumulate": 1, "keep": 1, "log_every": 1, "save_every": 0, "eval_every": 0,
-    "eval_examples": 1, "warmup_steps": 0, "stop_after_minutes": 0, "learning_rate": 0,
+    "steps": 1, "accumulate": 1, "keep": 1, "keep_every": 0, "log_every": 1, "save_every": 0,
+    "eval_every": 0, "eval_examples": 1, "warmup_steps": 0, "stop_after_minutes": 0,
+    "learning_rate": 0,
   }  # fmt: skip
   for name, low in least.items():
     if not getattr(train, name) >= low:
       raise ConfigError(f"train.{name}={getattr(train, name)}: expected at least {low}")
+  if train.keep_every and (not train.save_every or train.keep_every % train.save_every):
+    raise ConfigError(
+      f"train.keep_every={train.keep_every}: expected a multiple of train.save_every="
+      f"{train.save_every}, since only at those steps there is something to keep"
+    )
   if train.schedule not in SCHEDULES:
     raise ConfigError(f"train.schedule={train.schedule!r}: expected {' or '.join(SCHEDULES)}")
   shards = meshes.row_shards(mesh)
@@ -188,6 +205,12 @@ def record(run: Run) -> dict[str, Any]:
     "data": run.pipeline.get_state(),
     "tokenizer": run.tokenizer.fingerprint,
   }
+
+
+def _placed(config: Config, params: Params, mesh: Mesh) -> Params:
+  """Given parameters on the mesh; each process reads only the slices that its devices hold."""
+  lies = partition.shardings(config.model, params, mesh)
+  return unflatten_paths(place(flatten_paths(params), flatten_paths(lies)))
 
 
 def _resume(record: dict[str, Any], pipeline: Any, tokenizer: Any) -> Ledger:

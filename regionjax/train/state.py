@@ -14,6 +14,7 @@ import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from regionjax.config import Config, ConfigError
 
@@ -127,7 +128,21 @@ def make_init(
   return build
 
 
-def abstract(build: Callable[[jax.Array, Params], TrainState], sharding: Any) -> TrainState:
-  """Shapes, dtypes and shardings of the state that `make_init`'s result gives; computes nothing."""
-  shapes = jax.eval_shape(build, jax.random.key(0), {})
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+def abstract(
+  build: Callable[[jax.Array, Params], TrainState],
+  sharding: Sharding | Callable[[TrainState], Any],
+) -> TrainState:
+  """Shapes, dtypes and shardings of the state that `make_init`'s result gives; computes nothing.
+
+  Args:
+    build: from `make_init`.
+    sharding: one for every array, or a function from the tree of shapes to one of shardings.
+  """
+  shapes = jax.eval_shape(lambda: build(jax.random.key(0), {}))
+  if isinstance(sharding, Sharding):
+    lies = jax.tree.map(lambda _: sharding, shapes)
+  else:
+    lies = sharding(shapes)
+  return jax.tree.map(
+    lambda x, lie: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lie), shapes, lies
+  )

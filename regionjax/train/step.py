@@ -17,7 +17,9 @@ from jax.sharding import Mesh
 
 from regionjax.config import Config
 from regionjax.mesh import batch_sharding, replicated
+from regionjax.models.region_lm import images_used
 from regionjax.ops.losses import head_choices, head_cross_entropy
+from regionjax.partition import row_shards
 from regionjax.train.optim import learning_rate
 from regionjax.train.state import TrainState, merge
 
@@ -28,7 +30,8 @@ class Forward(NamedTuple):
   Attributes:
     hidden: (parameters, batch) -> [B, T, D].
     head: (its parameters, [B, T, D]) -> logits [B, T, V].
-    head_params: all parameters -> the head's.
+    head_params: all parameters -> the head's, as it reads them: on a mesh whole over `fsdp`, since
+      it runs piece by piece and would gather them in each.
   """
 
   hidden: Callable[[Any, Any], jax.Array]
@@ -40,7 +43,7 @@ def loss_sums(forward: Forward, params: Any, batch: Any) -> tuple[jax.Array, jax
   """Summed cross-entropy and summed weight of one (micro)batch, both float32 scalars."""
   return head_cross_entropy(
     forward.head, forward.head_params(params), forward.hidden(params, batch),
-    batch["targets_bt"], batch["loss_weights_bt"],
+    batch["targets_bt"], batch["loss_weights_bt"], shards=row_shards(len(batch["targets_bt"])),
   )  # fmt: skip
 
 
@@ -56,13 +59,21 @@ def microbatches(batch: Any, count: int) -> Any:
 
 
 def gradients(
-  forward: Forward, trainable: Any, frozen: Any, batch: Any, *, accumulate: int = 1
+  forward: Forward,
+  trainable: Any,
+  frozen: Any,
+  batch: Any,
+  *,
+  accumulate: int = 1,
+  shardings: Any = None,
 ) -> tuple[Any, jax.Array, jax.Array]:
   """Gradients of the mean loss over the supervised tokens of the whole batch.
 
   Args:
     accumulate: microbatches, run one after the other; the sums of loss gradients and of weights
       are added in float32 and divided once, so the result is that of the undivided batch.
+    shardings: where the gradients of each microbatch are put (like `trainable`); None leaves that
+      to the compiler, which may then hold them whole on every device.
 
   Returns:
     gradients (like `trainable`, float32), loss sum, weight sum.
@@ -71,7 +82,11 @@ def gradients(
   def total(trainable: Any, part: Any) -> tuple[jax.Array, jax.Array]:
     return loss_sums(forward, merge(trainable, frozen), part)
 
-  grad = jax.value_and_grad(total, has_aux=True)
+  def grad(trainable: Any, part: Any) -> Any:
+    sums, grads = jax.value_and_grad(total, has_aux=True)(trainable, part)
+    if shardings is not None:
+      grads = jax.lax.with_sharding_constraint(grads, shardings)
+    return sums, grads
 
   if accumulate == 1:
     (loss, weight), grads = grad(trainable, batch)
@@ -90,13 +105,19 @@ def gradients(
 
 
 def counts(batch: Any) -> dict[str, jax.Array]:
-  """What one batch holds: LLM tokens (slots included), examples, images, regions; int32."""
+  """What one batch holds, int32: LLM tokens (slots included), examples, images, regions.
+
+  'region_images' are those that some region lies in.
+  """
   segments = batch["segment_ids_bt"]
+  images = batch["image_mask_bk"].shape[1]
+  used_bk = images_used(batch["box_image_br"], batch["region_mask_br"], images)
   return {
     "tokens": jnp.sum(segments > 0, dtype=jnp.int32),
     "examples": jnp.sum(jnp.max(segments, axis=1), dtype=jnp.int32),
     "images": jnp.sum(batch["image_mask_bk"], dtype=jnp.int32),
     "regions": jnp.sum(batch["region_mask_br"], dtype=jnp.int32),
+    "region_images": jnp.sum(used_bk, dtype=jnp.int32),
   }
 
 
@@ -107,15 +128,21 @@ def train_step(
   state: TrainState,
   batch: Any,
   progress: jax.Array,
+  *,
+  shardings: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update. `progress` (float32 scalar in [0, 1]) drives the learning rate.
+
+  Args:
+    shardings: of the trainable parameters on a mesh, for their gradients.
 
   Returns:
     The new state, and scalars: loss_sum, weight_sum, grad_norm, learning_rate, and `counts`.
   """
   grads, loss, weight = gradients(
-    forward, state.trainable, state.frozen, batch, accumulate=config.train.accumulate
-  )
+    forward, state.trainable, state.frozen, batch, accumulate=config.train.accumulate,
+    shardings=shardings,
+  )  # fmt: skip
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
   rate = learning_rate(config.train, state.step, progress)
   trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)
@@ -147,7 +174,7 @@ def eval_step(
   params, ids = merge(trainable, frozen), batch["answer_ids_bt"]
   loss, weight, chosen_bt = head_choices(
     forward.head, forward.head_params(params), forward.hidden(params, batch),
-    batch["targets_bt"], batch["loss_weights_bt"], ids > 0,
+    batch["targets_bt"], batch["loss_weights_bt"], ids > 0, shards=row_shards(len(ids)),
   )  # fmt: skip
   wrong = (chosen_bt != batch["targets_bt"]) & (ids > 0)
   spread = jax.nn.one_hot(ids - 1, answers, dtype=jnp.bool_)  # padding (-1) is all False
@@ -161,23 +188,41 @@ def eval_step(
   }
 
 
-def make_train_step(config: Config, forward: Forward, optimizer: Any, mesh: Mesh) -> Callable:
-  """`train_step` jitted on a mesh: (state, batch, progress) -> (state, metrics); donates state."""
+def make_train_step(
+  config: Config, forward: Forward, optimizer: Any, mesh: Mesh, *, shardings: Any = None
+) -> Callable:
+  """`train_step` jitted on a mesh: (state, batch, progress) -> (state, metrics); donates state.
+
+  Args:
+    shardings: of the state, a tree like it (`partition.shardings`); None has all of it on every
+      device.
+  """
   same, rows = replicated(mesh), batch_sharding(mesh)
+  lies = same if shardings is None else shardings
+  trainable = None if shardings is None else shardings.trainable
 
   def step(state: TrainState, batch: Any, progress: jax.Array) -> Any:
-    return train_step(config, forward, optimizer, state, batch, progress)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return train_step(config, forward, optimizer, state, batch, progress, shardings=trainable)
 
   return jax.jit(
-    step, in_shardings=(same, rows, same), out_shardings=(same, same), donate_argnums=0
+    step, in_shardings=(lies, rows, same), out_shardings=(lies, same), donate_argnums=0
   )
 
 
-def make_eval_step(forward: Forward, answers: int, mesh: Mesh) -> Callable:
-  """`eval_step` jitted on a mesh: (trainable, frozen, batch) -> sums and flags."""
+def make_eval_step(
+  forward: Forward, answers: int, mesh: Mesh, *, shardings: Any = None
+) -> Callable:
+  """`eval_step` jitted on a mesh: (trainable, frozen, batch) -> sums and flags.
+
+  Args:
+    shardings: of the state, as for `make_train_step`.
+  """
   same, rows = replicated(mesh), batch_sharding(mesh)
+  lies = (same, same) if shardings is None else (shardings.trainable, shardings.frozen)
 
   def step(trainable: Any, frozen: Any, batch: Any) -> Any:
-    return eval_step(forward, answers, trainable, frozen, batch)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return eval_step(forward, answers, trainable, frozen, batch)
 
-  return jax.jit(step, in_shardings=(same, same, rows), out_shardings=same)
+  return jax.jit(step, in_shardings=(*lies, rows), out_shardings=same)

@@ -29,6 +29,7 @@ def summarize(
   data: Mapping[str, Any] | None = None,
   peak: float | None = None,
   command: str = "",
+  goodput: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """The record of a run so far.
 
@@ -40,6 +41,7 @@ def summarize(
     data: the pipeline's `stats()`, and as `sources` what `source_reports` gives.
     peak: FLOP/s that the devices can do at best, if known.
     command: how it was started.
+    goodput: what became of its time (see `train.goodput`), if that was recorded.
 
   Returns:
     JSON-able. `flops` are those of the model (see `regionjax.flops`): what recomputation and
@@ -62,6 +64,7 @@ def summarize(
     "mfu": totals["flops"] / (ledger.elapsed * peak) if peak and ledger.elapsed else None,
     "peak_flops_per_second": peak,
     "wall_seconds": ledger.elapsed,
+    "goodput": goodput,
     "loss": {
       "train": (ledger.train or {}).get("loss"),
       "evaluation": evaluation.get("loss"),
@@ -128,7 +131,13 @@ def source_reports(sources: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def git_state() -> dict[str, Any] | None:
-  """Commit and whether files differ from it; None where the package isn't in a repository."""
+  """Commit and whether files differ from it; None where the package isn't in a repository.
+
+  What launch/ copies to other hosts is in none; it says the commit in `REGIONJAX_COMMIT`.
+  """
+  staged = os.environ.get("REGIONJAX_COMMIT")
+  if staged:
+    return {"hash": staged, "changed": False}
   folder = Path(__file__).parents[1]
 
   def git(*words: str) -> str:

@@ -26,6 +26,11 @@ MAY_CHANGE = (
   "train.save_every",
   "train.log_every",
   "train.keep",
+  "train.keep_every",
+  "train.mesh.data",
+  "train.mesh.fsdp",
+  "train.mesh.tensor",
+  "train.mesh.slices",
   "data.workers",
   "data.prefetch",
 )
@@ -45,7 +50,8 @@ def check(workdir: Path, config: Config, *, log: Callable[[str], None] = print) 
   if workdir.exists() and not workdir.is_dir():
     raise ConfigError(f"--workdir {workdir} is a file; name a folder")
   if not path.exists():
-    if workdir.is_dir() and any(inside.name != LOCK for inside in workdir.iterdir()):
+    # A run that was killed before it had written its config leaves these, and nothing else.
+    if workdir.is_dir() and {p.name for p in workdir.iterdir()} - {LOCK, CONFIG + ".part"}:
       raise ConfigError(
         f"--workdir {workdir} is not empty and holds no run (no {CONFIG}); name another folder"
       )
@@ -66,9 +72,11 @@ def check(workdir: Path, config: Config, *, log: Callable[[str], None] = print) 
 
 def register(workdir: Path, config: Config) -> None:
   """Makes the folder that of this config. Call it with the lock, when the run is able to start."""
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_config(workdir / CONFIG, config)
+  path = workdir / CONFIG
+  if jax.process_index() != 0 or (path.exists() and not difference(read_config(path), config)):
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_config(path, config)
 
 
 def lock(workdir: Path) -> IO[Any] | None:

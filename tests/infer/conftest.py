@@ -68,6 +68,18 @@ def small_chat(region: str = "pool", *, template: str = "plain", seed: int = 0) 
   return RegionChat(config, params, load_tokenizer("tiny"), steps=4)
 
 
+@pytest.fixture(scope="session", name="make_config")
+def make_config_fixture():
+  """`small_config`."""
+  return small_config
+
+
+@pytest.fixture(scope="session", name="make_params")
+def make_params_fixture():
+  """`make_params`."""
+  return make_params
+
+
 @pytest.fixture(scope="session")
 def make_chat():
   """(region kind, template) -> a chat with random weights; the same object for the same kind."""

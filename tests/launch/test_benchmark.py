@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_unknown_case_is_refused():
   result = run("--only", "vit,vae")
   assert result.returncode == 2
-  assert "unknown vae; known: roi_align, vit, decoder, region_module" in result.stderr
+  assert "unknown vae; known: roi_align, vit, decoder, region_module, training" in result.stderr
 
 
 @pytest.mark.slow
@@ -45,6 +46,18 @@ def test_without_an_opponent_ours_is_still_timed(tmp_path):
   rows = json.loads(table.read_text())["rows"]
   assert [r["step"] for r in rows] == ["forward", "forward+backward"] * 3
   assert all(r["ours_ms"] > 0 and r["ratio"] is None for r in rows)
+
+
+@pytest.mark.slow
+def test_a_training_step_is_timed_against_torch_and_profiled(tmp_path):
+  table = tmp_path / "table.json"
+  result = run("--only", "training", "--rounds", "1", "--json", str(table))
+  assert result.returncode == 0, result.stderr
+  rows = json.loads(table.read_text())["rows"]
+  assert [r["size"].split(", ")[-1] for r in rows] == ["float32", "bfloat16"]
+  assert all(r["ratio"] > 0 and 15e6 < r["parameters"] < 25e6 for r in rows), rows
+  shares = dict(re.findall(r"^  (\S.*?)  +([\d.]+)%$", result.stdout, re.MULTILINE))
+  assert {"decoder: maps, norms, MLP", "vision encoder", "output layer and loss"} <= shares.keys()
 
 
 @pytest.mark.slow

@@ -140,8 +140,20 @@ def test_attention_counts_half_the_square():
 def test_gpt4roi_work_is_the_originals():
   parts = flops_by_part(ModelConfig.gpt4roi_7b(), tokens=600, images=1, regions=10, training=False)
   assert parts["vision"] == pytest.approx(0.16e12, rel=0.05)  # CLIP ViT-L/14 at 224
-  # five rounds of convolutions over four levels, and 14.8 GFLOP of crop convolutions per box
-  assert parts["regions"] == pytest.approx(2.05e12 + 10 * 14.8e9, rel=0.05)
+  # five rounds of convolutions over four levels, 0.41 TFLOP each, and 14.8 GFLOP of crop
+  # convolutions per box; the first round's are done on the grid of patches, for a fifteenth
+  assert parts["regions"] == pytest.approx((4 + 1 / 15) * 0.41e12 + 10 * 14.8e9, rel=0.05)
+
+
+def test_images_without_regions_cost_no_pyramid():
+  config = ModelConfig.gpt4roi_7b()
+
+  def regions(**options):
+    sizes = dict(tokens=600, images=4, regions=0, training=False)
+    return flops_by_part(config, **sizes, **options)["regions"]
+
+  assert regions(region_images=4) == regions() > 6e12 and regions(region_images=0) == 0
+  assert regions(region_images=1) == pytest.approx(regions() / 4)
 
 
 def test_init_is_jittable_and_keeps_the_residual_stream_level():

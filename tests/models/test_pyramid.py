@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from region_module import draw, figures, inputs, relative
 
 from regionjax.config import DecoderConfig, ModelConfig, RegionConfig, VisionConfig
+from regionjax.mesh import AXES
+from regionjax.models import pyramid_maps
 from regionjax.models.pyramid import PyramidEncoder
 from regionjax.models.region_encoders import make_region_encoder
 
@@ -237,6 +240,64 @@ def test_recomputing_the_rounds_changes_no_gradient(small, small_run):
   assert convolutions(recomputing) == convolutions(gradient(encoder)) + 2 * 2
 
 
+@pytest.fixture
+def skipping(monkeypatch, small):
+  """The module that leaves images without regions out, and what it and the plain one compute."""
+  encoder, variables, hidden, args = small
+  mask = args[3] & (args[1] != jnp.array([[0], [1]]))  # no region in the first row's image 0, ...
+  used = jnp.any((args[1][..., None] == jnp.arange(2)[None, None]) & mask[..., None], axis=1)
+  args = (*args[:3], mask, args[4])
+  # What is left out isn't read at all: NaN there would show.
+  hole = jnp.where(used[:, :, None, None], 0.0, jnp.nan)
+  broken = [x + hole for x in hidden]
+
+  def run(encoder, hidden, used):
+    def loss(variables, hidden):
+      maps = encoder.apply(variables, hidden, used, method="maps")
+      tokens = encoder.apply(variables, maps, *args, method="read")
+      return jnp.sum(tokens**2), (maps, tokens)
+
+    (_, aux), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables, hidden)
+    return *aux, *grads
+
+  plain = jax.jit(lambda hidden: run(encoder, hidden, None))(hidden)
+  monkeypatch.setattr(pyramid_maps, "WORTH_SKIPPING", 0.0)
+  only_used = jax.jit(lambda hidden: run(encoder.clone(remat="full"), hidden, used))(broken)
+  return np.asarray(used), plain, only_used
+
+
+def test_images_without_regions_are_left_out(skipping):
+  used, (maps, tokens, grads, hidden_grads), (ours, our_tokens, our_grads, our_hidden) = skipping
+  assert used.tolist() == [[False, True], [True, False]]
+  for a, b in zip(ours, maps):
+    assert np.all(np.asarray(a)[~used] == 0)
+    assert relative(np.asarray(a)[used], np.asarray(b)[used]) < 1e-5
+  assert relative(our_tokens, np.asarray(tokens)) < 1e-5
+  for a, b in zip(jax.tree.leaves(our_grads), jax.tree.leaves(grads)):
+    assert relative(a, np.asarray(b)) < 1e-5
+  for a, b in zip(our_hidden, hidden_grads):
+    assert np.all(np.asarray(a)[~used] == 0) and relative(a, np.asarray(b)) < 1e-5
+
+
+def test_which_maps_are_worth_leaving_out():
+  published, tiny = ModelConfig.gpt4roi_7b(), ModelConfig.tiny("pyramid")
+
+  def pays(config, **change):
+    c = config.region
+    sizes = pyramid_maps.Sizes(config.vision.grid, c.upsample, c.groups, jnp.float32, "full")
+    return pyramid_maps.skipping_pays(c.width, c.rounds, sizes._replace(**change), 2)
+
+  def on_mesh(*shape):
+    mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+      return pays(published)
+
+  assert pays(published) and not pays(tiny) and not pays(published, remat="none")
+  assert on_mesh(1, 2, 1) and on_mesh(1, 1, 8)
+  assert not on_mesh(1, 4, 1)  # two rows
+  assert not on_mesh(1, 2, 2)  # devices of both rows would wait for each other
+
+
 def test_bfloat16_stays_close(small, small_run):
   encoder, variables, hidden, args = small
   half = jax.jit(encoder.clone(dtype=jnp.bfloat16).apply)(variables, hidden, *args)
@@ -252,3 +313,9 @@ def test_bad_sizes(change, message):
   region = dataclasses.replace(SMALL.region, **change)
   with pytest.raises(ValueError, match=message):
     abstract_params(dataclasses.replace(SMALL, region=region))
+
+
+def test_one_patch_is_too_few_for_coordinates():
+  vision = dataclasses.replace(SMALL.vision, image_size=(8, 48))
+  with pytest.raises(ValueError, match="a grid of 1x6 patches"):
+    abstract_params(dataclasses.replace(SMALL, vision=vision))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from regionjax.ops.losses import cross_entropy, head_choices, head_cross_entropy, token_losses
@@ -84,14 +85,15 @@ def head(params, x_btd):
   return x_btd @ params["kernel"] + params["bias"][None, None]
 
 
-def test_the_head_in_pieces_is_the_head_at_once():
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_head_in_pieces_is_the_head_at_once(shards):
   params, x, targets, weights = dialogue()
 
   def whole(params, x):
     return cross_entropy(head(params, x), targets, weights)
 
   def pieces(params, x):
-    return head_cross_entropy(head, params, x, targets, weights)
+    return head_cross_entropy(head, params, x, targets, weights, shards=shards)
 
   for wrt in ((0, 1), (0,), (1,)):
     (loss, weight), grads = jax.value_and_grad(whole, wrt, has_aux=True)(params, x)
@@ -124,12 +126,13 @@ def test_pieces_without_a_target_are_not_computed():
   assert seen == [(1, 16, 6)]
 
 
-def test_choices_are_those_of_all_logits():
+@pytest.mark.parametrize("shards", [1, 3])
+def test_choices_are_those_of_all_logits(shards):
   params, x, targets, weights = dialogue()
   wanted = np.random.default_rng(4).random(targets.shape) < 0.5
-  loss, weight, chosen = jax.jit(head_choices, static_argnums=0)(
-    head, params, x, targets, weights, wanted
-  )
+  loss, weight, chosen = jax.jit(
+    lambda *arrays: head_choices(head, params, *arrays, shards=shards)
+  )(x, targets, weights, wanted)
   logits = head(params, x)
   np.testing.assert_allclose(loss, cross_entropy(logits, targets, weights)[0], rtol=1e-6)
   np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)

@@ -11,10 +11,10 @@ import pytest
 from regionjax.ops.roi_align import api, roi_align
 from regionjax.ops.roi_align.reference import roi_align_reference
 
-IMPLEMENTATIONS = (None, "einsum", "gather")
+IMPLEMENTATIONS = (None, "einsum", "gather", "pallas")
 TORCHVISION = Path(__file__).parents[1] / "data" / "roi_align_torchvision.npz"
 
-# None is one of the other two: the tests of agreement with the oracles run it too.
+# None is one of the others: the tests of agreement with the oracles run it too. Pallas is emulated.
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_runs import Watched, compiled_once, run, without_matmul_timing
+from train_cases import Watched, run
 
 from regionjax.config import (
   Config,
@@ -112,41 +113,41 @@ def functions():
 @pytest.fixture
 def bits():
   """A tree -> list of (path-ordered) byte strings, to compare bit by bit."""
-  import jax
-
   return lambda tree: [np.asarray(jnp.asarray(x)).tobytes() for x in jax.tree.leaves(tree)]
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-  """The cache's folder."""
-  return tmp_path_factory.mktemp("xla")
-
-
-@pytest.fixture(scope="module")
-def compile_once(programs):
-  """See `compiled_once`, for a file of tests."""
-  with compiled_once(programs):
-    yield
+def compile_once(tmp_path_factory):
+  """Runs compile the same programs; they come from a cache after the first."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = [getattr(jax.config, name) for name in names]
+  for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.2)):
+    jax.config.update(name, value)
+  yield
+  for name, value in zip(names, before):
+    jax.config.update(name, value)
 
 
 @pytest.fixture
 def no_matmul_timing(monkeypatch):
-  without_matmul_timing(monkeypatch)
+  monkeypatch.setattr("regionjax.train.loop.peak_flops", lambda devices: 1e11)
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory, micro, programs):
+def runs(tmp_path_factory, micro, compile_once):
   """A straight run of 12 steps, and one stopped at step 9 and resumed: folders and outcomes."""
+  config = micro
   folder = tmp_path_factory.mktemp("runs")
-  with pytest.MonkeyPatch.context() as patch, compiled_once(programs):
-    without_matmul_timing(patch)
-    straight = run(micro, folder / "straight")
-    reports = Watched(stop_at=8)
-    stopped = run(micro, folder / "parts", reports, command="regionjax train X --workdir Y")
-    at_stop = sorted(int(p.name) for p in (folder / "parts" / "checkpoints").iterdir())
-    resumed = run(micro, folder / "parts")
+  patch = pytest.MonkeyPatch()
+  patch.setattr("regionjax.train.loop.peak_flops", lambda devices: 1e11)
+  straight = run(config, folder / "straight")
+  reports = Watched(stop_at=8)
+  stopped = run(config, folder / "parts", reports, command="regionjax train X --workdir Y")
+  at_stop = sorted(int(p.name) for p in (folder / "parts" / "checkpoints").iterdir())
+  again = Watched()
+  resumed = run(config, folder / "parts", again)
+  patch.undo()
   return dict(
-    config=micro, folder=folder, straight=straight, stopped=stopped, resumed=resumed,
-    text=reports.text.getvalue(), at_stop=at_stop,
+    config=config, folder=folder, straight=straight, stopped=stopped, resumed=resumed,
+    text=reports.text.getvalue(), resumed_text=again.text.getvalue(), at_stop=at_stop,
   )  # fmt: skip

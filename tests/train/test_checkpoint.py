@@ -1,12 +1,18 @@
+"""Checkpoints: kept, deleted, damaged in every way, written beside the run and to a full disk."""
+
 import os
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from train_cases import full_disk
 
-from regionjax.train.checkpoint import CheckpointError, Checkpoints, checksum
+from regionjax.train import store
+from regionjax.train.checkpoint import CheckpointError, Checkpoints
+from regionjax.train.store import checksum
 
 # TensorStore leaves futures behind when a read fails half-way.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -88,6 +94,17 @@ def garble(path):
     file.write(b"\x55\xaa\x55\xaa")
 
 
+def change(path, old, new):
+  data = path.read_bytes().replace(b" ", b"")
+  assert old in data
+  path.write_bytes(data.replace(old, new))
+
+
+def empty(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
 DAMAGE = {
   "truncated array": lambda folder: os.truncate(largest(folder), 1000),
   "garbled array": lambda folder: garble(largest(folder)),
@@ -96,6 +113,9 @@ DAMAGE = {
   "missing arrays": lambda folder: shutil.rmtree(folder / "checkpoints" / "3" / "state"),
   "missing record": lambda folder: files(folder)["record/metadata"].unlink(),
   "empty record": lambda folder: os.truncate(files(folder)["record/metadata"], 0),
+  "another record": lambda folder: change(files(folder)["record/metadata"], b'"n":3', b'"n":4'),
+  "empty folder": lambda folder: empty(folder / "checkpoints" / "3"),
+  "half a folder": lambda folder: [p.unlink() for p in list(files(folder).values())[1::2]],
 }
 
 
@@ -109,10 +129,43 @@ def test_a_damaged_checkpoint_is_passed_over(damage, folder, like, messages, sta
   (message,) = messages
   assert message.startswith("checkpoint of step 3 is damaged (")
   assert message.endswith("using step 2")
-  assert (folder / "damaged" / "3").is_dir(), "nothing is thrown away"
+  assert (folder / "damaged" / "3").exists(), "nothing is thrown away"
   checkpoints.save(3, state, {"n": "again"})
   checkpoints.wait()
   assert checkpoints.restore_latest(like)[1] == {"n": "again"}
+
+
+HARM = {
+  "removed": lambda path: path.unlink(),
+  "emptied": lambda path: os.truncate(path, 0),
+  "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+  "garbled": garble,
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_whatever_happens_to_one_file_a_whole_checkpoint_is_read(
+  harm, folder, like, state, bits, tmp_path_factory
+):
+  """Each of the newest one's files in turn. Some of them Orbax can do without."""
+  expected = bits(state | {"step": jnp.int32(0)})
+  passed_over, copies = set(), tmp_path_factory.mktemp("copies")
+  for name in files(folder):
+    copy = shutil.copytree(folder, copies / name.replace("/", "_"))
+    HARM[harm](files(copy)[name])
+    messages = []
+    checkpoints = reopen(copy, messages)
+    restored, record = checkpoints.restore_latest(like)
+    checkpoints.close()
+    assert record == {"n": int(restored["step"])}, name
+    assert record["n"] == (2 if messages else 3), (name, messages)
+    assert bits(restored | {"step": jnp.int32(0)}) == expected, name
+    if messages:
+      (message,) = messages
+      assert message.startswith("checkpoint of step 3 is damaged ("), name
+      passed_over.add(name)
+  assert "record/metadata" in passed_over
+  assert any("/d/" in name for name in passed_over), "files of arrays"
 
 
 def test_missing_metadata_is_never_fatal(folder, like, messages):
@@ -126,15 +179,13 @@ def test_missing_metadata_is_never_fatal(folder, like, messages):
 
 def test_changed_numbers_are_noticed(folder, like, messages, monkeypatch):
   """A file that reads well but holds other numbers than were written."""
-  from regionjax.train import checkpoint
-
   found = []
 
   def first_differs(tree):
     found.append(tree)
     return checksum(tree) + jnp.uint32(len(found) == 1)
 
-  monkeypatch.setattr(checkpoint, "checksum", first_differs)
+  monkeypatch.setattr(store, "checksum", first_differs)
   assert reopen(folder, messages).restore_latest(like)[1] == {"n": 2}
   assert "its checksum is" in messages[0]
 
@@ -200,6 +251,94 @@ def test_a_best_checkpoint_of_steps_that_are_repeated_gives_way(
     best = checkpoints.restore_best(4, {"w": like["a"]})
     assert bits(best) == bits({"w": state["a"] + change})
   assert [p.name for p in (folder / "best").iterdir()] == ["4"]
+
+
+def test_some_steps_are_kept_for_ever(tmp_path, state):
+  for begin in (1, 6):  # the second part of the run knows of the first one's
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=4)
+    for step in range(begin, begin + 5):
+      checkpoints.save(step, state, {})
+    checkpoints.close()
+  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8, 9, 10]
+
+
+def test_who_only_looks_changes_nothing(folder, like, messages):
+  """An export beside a run that is just writing a checkpoint, and deleting an old one."""
+  (folder / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
+  largest(folder).unlink()
+  before = sorted(folder.rglob("*"))
+  checkpoints = Checkpoints(folder, keep=1, read_only=True, log=messages.append)
+  assert checkpoints.restore_latest(like)[1] == {"n": 2}
+  checkpoints.close()
+  assert sorted(folder.rglob("*")) == before
+  assert messages[0].startswith("checkpoint of step 3 is damaged (") and len(messages) == 1
+
+
+def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path, state, monkeypatch):
+  """The last thing that a write does is to rename; it is held up until `save` has returned."""
+  returned, waited = threading.Event(), []
+  rename = os.rename
+
+  def held_up(source, target, *args, **kwargs):
+    if str(target).endswith("/checkpoints/1"):
+      waited.append(returned.wait(timeout=60))
+    rename(source, target, *args, **kwargs)
+
+  monkeypatch.setattr(os, "rename", held_up)
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  checkpoints.save(1, state, {})
+  assert not (tmp_path / "checkpoints" / "1").exists()
+  checkpoints.poll()  # doesn't wait either
+  assert not (tmp_path / "checkpoints" / "1").exists()
+  returned.set()
+  checkpoints.wait()
+  assert waited == [True]
+  assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_more(folder, state, like, messages, bits):
+  checkpoints = reopen(folder, messages)
+  with full_disk():
+    checkpoints.save(4, state, {"n": 4})
+    checkpoints.save_best(4, {"w": state["a"]}, {})
+    checkpoints.wait()
+  said = sorted(message.split(" (")[0] for message in messages)
+  assert said == [
+    f"the {name} of step 4 could not be written" for name in ("best checkpoint", "checkpoint")
+  ]
+  assert all("File too large" in m and m.endswith("; going on without it") for m in messages)
+  assert checkpoints.steps() == [2, 3]
+  left = sorted(str(p.relative_to(folder)) for p in folder.glob("*/*"))
+  assert left == ["checkpoints/2", "checkpoints/3"], "half-written files take up no space"
+  for step in (5, 6):  # the very next save works
+    checkpoints.save(step, state | {"step": jnp.int32(step)}, {"n": step})
+  checkpoints.save_best(6, {"w": state["a"]}, {})
+  checkpoints.wait()
+  assert len(messages) == 2
+  assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["5", "6"], "2 and 3 went"
+  assert checkpoints.restore_latest(like)[1] == {"n": 6}
+  assert bits(checkpoints.restore_best(6, {"w": like["a"]})) == bits({"w": state["a"]})
+
+
+def test_a_failed_write_is_told_before_the_next_save(folder, state, messages):
+  checkpoints = reopen(folder, messages)
+  with full_disk():
+    checkpoints.save(4, state, {})
+    while not messages:
+      checkpoints.poll()
+  checkpoints.close()
+  assert len(messages) == 1
+
+
+def test_the_last_state_is_tried_twice_then_the_run_fails(folder, state, like, messages):
+  checkpoints = reopen(folder, messages)
+  said = "state of step 4 could not be saved .* newest checkpoint is of step 3. Free some space"
+  with full_disk(), pytest.raises(CheckpointError, match=said):
+    checkpoints.save_last(4, state, {"n": 4})
+  assert len(messages) == 2
+  checkpoints.save_last(4, state, {"n": 4})
+  assert (folder / "checkpoints" / "4").is_dir()
+  assert checkpoints.restore_latest(like)[1] == {"n": 4}
 
 
 def test_checksum_sees_every_bit_and_place(state):

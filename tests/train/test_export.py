@@ -4,14 +4,14 @@ import os
 import shutil
 
 import pytest
-from train_runs import contents
+from train_cases import contents
 
 from regionjax.cli import main
 from regionjax.config import ConfigError
-from regionjax.train import checkpoint
 from regionjax.train import workdir as workdirs
 from regionjax.train.checkpoint import CheckpointError
 from regionjax.train.finish import export_workdir
+from regionjax.train.store import Store
 
 # TensorStore leaves futures behind when a read fails half-way.
 pytestmark = [
@@ -53,17 +53,17 @@ def test_a_running_run_is_exported_and_left_as_it_is(workdir, tmp_path, capsys):
 @pytest.mark.parametrize("newer", [True, False])
 def test_a_checkpoint_that_goes_while_it_is_read(newer, workdir, tmp_path, monkeypatch):
   """The run keeps one: when a newer one is complete, the one before goes."""
-  read, gone = checkpoint._restore, []
+  read, gone = Store.restore, []
 
-  def going(manager, step, like):
+  def going(store, step, like):
     if not gone:
       gone.append(step)
       target = workdir / "checkpoints" / "12"
       target.rename(workdir / "checkpoints" / "24") if newer else shutil.rmtree(target)
       assert step == 12
-    return read(manager, step, like)
+    return read(store, step, like)
 
-  monkeypatch.setattr(checkpoint, "_restore", going)
+  monkeypatch.setattr(Store, "restore", going)
   said = []
   out = export_workdir(workdir, tmp_path / "out", log=said.append)
   assert said == [] and gone == [12]

@@ -1,6 +1,7 @@
-"""Whole runs of the micro model: stops, resume, what a run leaves and what it starts from."""
+"""Whole runs of the micro model on scenes: resume, stops, stages, what a run leaves behind."""
 
 import dataclasses
+import gzip
 import json
 import re
 import struct
@@ -10,41 +11,24 @@ import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
-from train_runs import Watched, run, with_train
+from train_cases import TIMES, Watched, checkpoint, rows_without_times, run, with_train
 
-from regionjax.config import ConfigError, RegionConfig
+from regionjax.config import ConfigError, RegionConfig, SourceConfig
 from regionjax.mesh import make_mesh
 from regionjax.ops.tokens import resize_positions
 from regionjax.tokenizer import load_tokenizer
 from regionjax.train import workdir as workdirs
 from regionjax.train.initial import starting_params
+from regionjax.train.lines import read_rows
 from regionjax.train.metrics import read_metrics
 from regionjax.train.start import create_state, model_functions, start
 from regionjax.train.state import flatten_paths
 from regionjax.weights import release
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("elapsed", "seconds", "tokens_per_second", "examples_per_second", "seconds_per_step",
-         "data_wait", "mfu")  # fmt: skip
+PHOTOS = ROOT / "tests" / "data" / "photos"
+
 pytestmark = pytest.mark.usefixtures("compile_once", "no_matmul_timing")
-
-
-def rows_without_times(workdir):
-  return [
-    {key: value for key, value in row.items() if key not in TIMES}
-    for row in read_metrics(workdir / "metrics.jsonl")
-  ]
-
-
-def checkpoint(workdir, step):
-  """(arrays by path, record) of a checkpoint, read without the trainer."""
-  import orbax.checkpoint as ocp
-
-  folder = workdir / "checkpoints" / str(step)
-  arrays = ocp.StandardCheckpointer().restore(folder / "state")
-  record = json.loads((folder / "record" / "metadata").read_text())
-  leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, record
 
 
 def by_place(arrays):
@@ -172,6 +156,42 @@ def test_what_a_run_leaves_behind(runs):
     np.testing.assert_array_equal(leaf, arrays[key].astype(leaf.dtype), err_msg=path)
 
 
+def test_what_became_of_the_time(runs):
+  """The run in two parts: 9 steps, then 3 more."""
+  found = json.loads((runs["folder"] / "parts" / "summary.json").read_text())["goodput"]
+  assert found["attempts"] == 2 and found["seconds"]["lost"] == 0
+  for kind in ("init", "compile", "step", "checkpoint", "evaluation"):
+    assert found["seconds"][kind] > 0, kind
+  assert sum(found["seconds"].values()) == pytest.approx(found["wall_seconds"])
+  assert found["goodput"] == found["seconds"]["step"] / found["wall_seconds"]
+  rows = read_rows(runs["folder"] / "parts" / "goodput.jsonl")
+  assert [row["step"] for row in rows if row["attempt"] == 1][-1] == 9
+  assert next(row["step"] for row in rows if row["attempt"] == 2) == 9
+  assert rows[-1]["end"] - rows[0]["end"] >= sum(sum(r["seconds"].values()) for r in rows[1:]) - 0.1
+  assert re.search(r"^goodput \d+% of \d+:\d\d \(.*compile \d+%", runs["resumed_text"], re.M)
+
+
+def traced_steps(folder):
+  """Numbers of the steps that a profile has marks of, and names in it."""
+  (path,) = folder.rglob("*.trace.json.gz")
+  events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+  marks = [event["args"] for event in events if event.get("name") == "train"]
+  return sorted({int(args["step_num"]) for args in marks}), {e.get("name", "") for e in events}
+
+
+def test_a_profile_of_some_steps(runs, tmp_path):
+  reports = Watched()
+  config = with_train(runs["config"], steps=8, eval_every=0, save_every=0)
+  run(config, tmp_path, reports, profile=(4, 6))
+  steps, names = traced_steps(tmp_path / "profile")
+  assert steps == [4, 5, 6]
+  assert any("dot" in name for name in names), "what the device did"
+  assert f"profile of steps 4 to 6 in {tmp_path / 'profile'}; " in reports.text.getvalue()
+  reports = Watched()
+  run(config, tmp_path, reports, profile=(4, 6))
+  assert "--profile 4:6: none of these steps came; the run is at step 8" in reports.text.getvalue()
+
+
 def test_a_finished_run_stays_finished(runs):
   reports = Watched()
   outcome = run(runs["config"], runs["folder"] / "straight", reports)
@@ -267,3 +287,37 @@ def test_training_in_stages(micro, tmp_path):
   for part in ("vision", "connector", "regions", "decoder"):
     ours = {place: leaf for place, leaf in saved.items() if place[:2] == ("trainable", part)}
     assert any((leaf != given["/".join(place[1:])]).any() for place, leaf in ours.items()), part
+
+
+def test_a_time_limit_ends_the_schedule(micro, tmp_path):
+  train = dataclasses.replace(micro.train, stop_after_minutes=1e-4, eval_every=0)
+  outcome = run(dataclasses.replace(micro, train=train), tmp_path)
+  assert outcome.finished
+  assert 0 <= outcome.step < 12
+  assert outcome.summary["time_limited"] is True
+  assert "not reproducible" in (tmp_path / "release" / "README.md").read_text()
+
+
+def test_what_is_wrong_with_a_file_of_boxes_is_reported(micro, tmp_path):
+  data = json.loads((PHOTOS / "annotations.json").read_text())
+  boxes = len(data["annotations"])
+  data["images"].append({"id": 99, "file_name": "gone.jpg", "width": 60, "height": 40})
+  data["annotations"].append(data["annotations"][0] | {"id": 999, "bbox": [5, 5, 0, 10]})
+  annotations = tmp_path / "boxes.json"
+  annotations.write_text(json.dumps(data))
+  args = {"annotations": str(annotations), "images": str(PHOTOS), "max_regions": 3}
+  sources = (SourceConfig("coco", args=args),)
+  config = dataclasses.replace(micro, data=dataclasses.replace(micro.data, sources=sources))
+  reports = Watched()
+  run(with_train(config, eval_every=0, save_every=0), tmp_path / "run", reports)
+  (told,) = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]["sources"]
+  table = told.pop("text")
+  assert told.pop("examples") >= 8
+  assert told == {
+    "name": "coco",
+    "used": {"images": 8, "boxes": boxes},
+    "counts": {"missing image": 1, "zero-area box": 1},
+    "defects": 2,
+  }
+  assert reports.text.getvalue().count(table) == 1
+  assert "gone.jpg" in table and "annotation 999" in table

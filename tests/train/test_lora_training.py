@@ -10,7 +10,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from train_runs import compiled_once, without_matmul_timing
 
 from regionjax import cli
 from regionjax.config import ConfigError, LoraConfig
@@ -92,12 +91,18 @@ def runs(tmp_path_factory, base_config, base):
   """A straight run, and one that was stopped after step 2 and resumed."""
   folder = tmp_path_factory.mktemp("runs")
   config = on_base(base_config, base)
-  with pytest.MonkeyPatch.context() as patch, compiled_once(folder / "xla"):
-    without_matmul_timing(patch)
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = [getattr(jax.config, name) for name in names]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "peak_flops", lambda devices: 1e11)
+    for name, value in zip(names, (str(folder / "xla"), 0.2)):
+      jax.config.update(name, value)
     for name, stop in (("straight", None), ("parts", 1), ("parts", None)):
       mesh = make_mesh(devices=jax.devices()[:1])
       outcome = loop.train(config, folder / name, mesh=mesh, progress=Stopping(stop))
       assert outcome.finished == (stop is None)
+  for name, value in zip(names, before):
+    jax.config.update(name, value)
   return config, folder
 
 

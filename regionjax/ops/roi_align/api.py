@@ -6,14 +6,17 @@ Axes: B rows, K images of a row, R boxes, H and W cells, P and Q bins, C channel
 from __future__ import annotations
 
 import functools
+import importlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from regionjax.ops.roi_align import einsum, gather
+from regionjax.ops.roi_align import pallas_schedule
+from regionjax.ops.roi_align.placement import local_shape
 from regionjax.ops.roi_align.sampling import Boxes
 
-IMPLEMENTATIONS = {"einsum": einsum, "gather": gather}
+MODULES = {"einsum": "einsum", "gather": "gather", "pallas": "pallas_tpu"}
 
 # Measured on two cores of an AMD EPYC 9004, float32, jax 0.10.2; only their ratios matter.
 PRODUCT_FLOPS = 40e9  # floating-point operations a second in the einsum form
@@ -48,19 +51,29 @@ def roi_align(
     box_image: [B, R] integers, the image of each box; needed when K > 1. A box of an image that
       does not exist counts as invalid.
     valid: [B, R] bool, default all.
-    implementation: 'einsum', 'gather', or None for what is fastest: on a CPU by a cost model with
-      measured constants, apart for forward and backward; elsewhere einsum, whose products suit
-      matrix units and whose gradient needs no scatter.
+    implementation: one of
+      'einsum': two matrix products per box; their result in between goes through memory.
+      'gather': reads the neighbours of every sample.
+      'pallas': one TPU kernel that reads each map and writes each crop once; float32 and
+        bfloat16. Elsewhere it is emulated, for tests.
+      None: what is fastest. On a CPU by a cost model with measured constants, apart for forward
+        and backward. On a TPU 'pallas' where it takes the maps and saves enough traffic, see
+        `pallas_schedule.suits`. Otherwise einsum, whose products suit matrix units and whose
+        gradient needs no scatter.
 
   Returns:
     [B, R, P, Q, C] in the dtype of `features`. Rows of boxes that are invalid or not finite are
     exactly zero and send zero gradient, whatever the features hold. A NaN or an infinity in an
-    image reaches its own boxes: with 'gather' the bins that read it, with 'einsum' any of them, and
-    any of the boxes of the other images in its row of the batch (their weight of it is zero, and
-    0 * NaN is NaN).
+    image reaches its own boxes: with 'gather' the bins that read it, with 'pallas' their whole rows
+    of bins, with 'einsum' any of them, and any of the boxes of the other images in its row of the
+    batch (their weight of it is zero, and 0 * NaN is NaN).
+
+  On a mesh einsum and gather are split by the compiler. 'pallas' puts itself into a `shard_map`,
+  rows over `data` and `fsdp`, channels over `tensor`, see `placement.py`.
 
   Raises:
-    ValueError: shapes that do not fit, or an unknown implementation.
+    ValueError: shapes that do not fit, an unknown implementation, or features that 'pallas' doesn't
+      take.
   """
   features, boxes = jnp.asarray(features), jnp.asarray(boxes)
   box_image = None if box_image is None else jnp.asarray(box_image)
@@ -86,7 +99,29 @@ def _run(features, boxes, box_image, valid, output_size, sampling_ratio, impleme
   prepared = Boxes(
     jnp.where(valid_br[..., None], xyxy_br4, 0.0), jnp.where(valid_br, image_br, 0), valid_br
   )
-  return _roi_align(features, prepared, output_size, sampling_ratio, implementation)
+  choice = _choose(features, boxes.shape[1], output_size, sampling_ratio, implementation)
+  return _roi_align(features, prepared, output_size, sampling_ratio, choice)
+
+
+class Choice(NamedTuple):
+  """Names of implementations by platform, and on a CPU by direction."""
+
+  cpu_forward: str
+  cpu_backward: str
+  tpu: str
+  other: str
+
+
+def _choose(features, boxes: int, output_size, sampling_ratio, implementation) -> Choice:
+  if boxes == 0:
+    return Choice(*["einsum"] * 4)
+  if implementation is not None:
+    return Choice(*[implementation] * 4)
+  on_cpu = _fastest_on_cpu(features.shape, output_size=output_size, sampling_ratio=sampling_ratio)
+  fits = pallas_schedule.suits(
+    local_shape(features), features.dtype, boxes=boxes, output_size=output_size
+  )
+  return Choice(*on_cpu, tpu="pallas" if fits else "einsum", other="einsum")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -95,47 +130,62 @@ def _roi_align(
   boxes: Boxes,
   output_size: tuple[int, int],
   sampling_ratio: int,
-  implementation: str | None,
+  choice: Choice,
 ) -> jax.Array:
   kw = dict(output_size=output_size, sampling_ratio=sampling_ratio)
-  name = implementation or _fastest_on_cpu(features_bkhwc.shape, **kw)[0]
-  out_brpqc = _dispatch("forward", name, implementation, (features_bkhwc, boxes), kw)
-  # Weights of zero are not enough: features may be NaN.
-  return jnp.where(boxes.valid_br[:, :, None, None, None], out_brpqc, 0)
+  return _by_platform(_forward, choice.cpu_forward, choice, kw)(features_bkhwc, boxes)
 
 
-def _forward_rule(features_bkhwc, boxes, output_size, sampling_ratio, implementation):
-  out = _roi_align(features_bkhwc, boxes, output_size, sampling_ratio, implementation)
+def _forward_rule(features_bkhwc, boxes, output_size, sampling_ratio, choice):
+  out = _roi_align(features_bkhwc, boxes, output_size, sampling_ratio, choice)
   # RoIAlign is linear: its transpose needs the boxes and the features' shape, not their values.
   empty = jnp.zeros((0, *features_bkhwc.shape), features_bkhwc.dtype)
   return out, (boxes, empty)
 
 
-def _backward_rule(output_size, sampling_ratio, implementation, residuals, cotangent_brpqc):
+def _backward_rule(output_size, sampling_ratio, choice, residuals, cotangent_brpqc):
   boxes, empty = residuals
-  # Also when what follows sends NaN for a row that it masks, as a norm's gradient at zero does.
-  cotangent_brpqc = jnp.where(boxes.valid_br[:, :, None, None, None], cotangent_brpqc, 0)
   features = jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype)
-  kw = dict(output_size=output_size, sampling_ratio=sampling_ratio)
-  name = implementation or _fastest_on_cpu(features.shape, **kw)[1]
-  kw["features"] = features
-  return _dispatch("backward", name, implementation, (cotangent_brpqc, boxes), kw), None
+  kw = dict(output_size=output_size, sampling_ratio=sampling_ratio, features=features)
+  return _by_platform(_backward, choice.cpu_backward, choice, kw)(cotangent_brpqc, boxes), None
 
 
 _roi_align.defvjp(_forward_rule, _backward_rule)
 
 
-def _dispatch(direction: str, on_cpu: str, implementation: str | None, args, kw) -> jax.Array:
-  """Runs `on_cpu` on a CPU and, unless the caller chose, einsum elsewhere.
-
-  The platform is known when the program is lowered, not now: it may be compiled for another one.
-  """
-  elsewhere = implementation or "einsum"
-  return jax.lax.platform_dependent(
-    *args,
-    cpu=functools.partial(getattr(IMPLEMENTATIONS[on_cpu], direction), **kw),
-    default=functools.partial(getattr(IMPLEMENTATIONS[elsewhere], direction), **kw),
+def _by_platform(direction, on_cpu: str, choice: Choice, kw):
+  """The platform is known when the program is lowered, not now: it may be compiled for another."""
+  return functools.partial(
+    jax.lax.platform_dependent,
+    cpu=direction(on_cpu, kw, interpret=True),
+    tpu=direction(choice.tpu, kw, interpret=False),
+    default=direction(choice.other, kw, interpret=True),
   )
+
+
+def _forward(name: str, kw, *, interpret: bool):
+  module = _module(name)
+  if name == "pallas":  # writes the zeros itself: a pass over its result would double the traffic
+    return functools.partial(module.forward, **kw, interpret=interpret)
+  # Weights of zero are not enough: features may be NaN.
+  return lambda x, boxes: _zero_invalid(module.forward(x, boxes, **kw), boxes)
+
+
+def _backward(name: str, kw, *, interpret: bool):
+  module = _module(name)
+  if name == "pallas":  # doesn't read them
+    return functools.partial(module.backward, **kw, interpret=interpret)
+  # Also when what follows sends NaN for a row that it masks, as a norm's gradient at zero does.
+  return lambda g, boxes: module.backward(_zero_invalid(g, boxes), boxes, **kw)
+
+
+def _zero_invalid(x_brpqc: jax.Array, boxes: Boxes) -> jax.Array:
+  return jnp.where(boxes.valid_br[:, :, None, None, None], x_brpqc, 0)
+
+
+def _module(name: str):
+  # When it is needed: importing Pallas takes longer than many programs' RoIAlign.
+  return importlib.import_module(f"regionjax.ops.roi_align.{MODULES[name]}")
 
 
 def _fastest_on_cpu(
@@ -176,8 +226,8 @@ def _check(features, boxes, size, sampling_ratio, box_image, valid, implementati
     raise ValueError(
       f"roi_align: output_size={size} and sampling_ratio={sampling_ratio} must be at least 1"
     )
-  if implementation is not None and implementation not in IMPLEMENTATIONS:
+  if implementation is not None and implementation not in MODULES:
     raise ValueError(
       f"roi_align: implementation={implementation!r}, expected None or one of "
-      f"{', '.join(map(repr, IMPLEMENTATIONS))}"
+      f"{', '.join(map(repr, MODULES))}"
     )

@@ -30,6 +30,28 @@ class Boxes(NamedTuple):
   valid_br: jax.Array  # bool; the others give zeros
 
 
+def locate(
+  lo: jax.Array,
+  hi: jax.Array,
+  index: jax.Array,
+  sample: jax.Array | int,
+  *,
+  cells: int,
+  bins: int,
+  ratio: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Where sample `sample` of bin `index` lies, clipped to the map, and whether it counts.
+
+  The rule above for scalars or for arrays that broadcast; float32, in torchvision's order of
+  operations, so that both agree on which side of an edge a sample lies.
+  """  # fmt: skip
+  start = lo * cells - 0.5
+  bin_size = ((hi * cells - 0.5) - start) / bins
+  pos = start + index * bin_size + (sample + 0.5) * bin_size / ratio
+  inside = (pos >= -1.0) & (pos <= cells)  # false for NaN and for overflow
+  return jnp.clip(jnp.where(inside, pos, 0.0), 0.0, cells - 1.0), inside
+
+
 def sample_positions(
   lo_br: jax.Array, hi_br: jax.Array, *, cells: int, bins: int, ratio: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -42,16 +64,10 @@ def sample_positions(
   Returns:
     (pos_brps float32 in [0, n-1], inside_brps bool).
   """
-  start_br = lo_br * cells - 0.5
-  bin_br = ((hi_br * cells - 0.5) - start_br) / bins
-  bin_br11, start_br11 = bin_br[..., None, None], start_br[..., None, None]
   p_11p1 = jnp.arange(bins, dtype=jnp.float32)[None, None, :, None]
-  s_111s = jnp.arange(ratio, dtype=jnp.float32)[None, None, None, :] + 0.5
-  # torchvision's order of operations, so that both agree on which side of an edge a sample lies.
-  pos_brps = start_br11 + p_11p1 * bin_br11 + s_111s * bin_br11 / ratio
-  inside_brps = (pos_brps >= -1.0) & (pos_brps <= cells)  # false for NaN and for overflow
-  pos_brps = jnp.where(inside_brps, pos_brps, 0.0)
-  return jnp.clip(pos_brps, 0.0, cells - 1.0), inside_brps
+  s_111s = jnp.arange(ratio, dtype=jnp.float32)[None, None, None, :]
+  lo_br11, hi_br11 = lo_br[..., None, None], hi_br[..., None, None]
+  return locate(lo_br11, hi_br11, p_11p1, s_111s, cells=cells, bins=bins, ratio=ratio)
 
 
 def axis_weights(

@@ -1,0 +1,181 @@
+"""One training step of a region VLM of 20 million parameters: `benchmark.py`'s case `training`.
+
+Ours is `train.step.make_train_step`, which `regionjax train` runs, with AdamW on all parameters;
+theirs (`benchmark_torch.py`) has CLIPVisionModel and LlamaForCausalLM of transformers, and between
+them modules of torch with the same sizes. The batch is the same for both: rows of one image, eight
+boxes and 256 tokens, a third of them supervised. `profile` says where our step's time goes.
+"""
+
+from __future__ import annotations
+
+import collections
+import gzip
+import json
+import re
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from regionjax.config import (
+  Config,
+  ConnectorConfig,
+  DataConfig,
+  DecoderConfig,
+  ModelConfig,
+  RegionConfig,
+  TrainConfig,
+  VisionConfig,
+)
+from regionjax.mesh import make_mesh
+from regionjax.models.params import batch_shapes
+from regionjax.train.optim import make_optimizer
+from regionjax.train.start import model_functions
+from regionjax.train.state import make_init
+from regionjax.train.step import make_train_step
+
+ROWS, TOKENS, REGIONS, SUPERVISED = 8, 256, 8, 85
+IMAGE_SLOT, REGION_SLOT = 5, 6  # ids
+SIZES = dict(
+  image=128, patch=16, vision_width=256, vision_layers=6, vision_heads=4, vision_mlp=1024,
+  vocab=4096, width=384, layers=8, heads=6, mlp=1024, bins=2, ratio=2, region_width=256,
+  position_width=64, rows=ROWS, tokens=TOKENS, regions=REGIONS, supervised=SUPERVISED,
+)  # fmt: skip
+# What an instruction's op_name holds -> the part that its time counts for; the first that fits.
+PARTS = (
+  ("head_loss", "output layer and loss"),
+  ("decoder.*attention", "decoder: attention"),
+  ("decoder", "decoder: maps, norms, MLP"),
+  ("vision", "vision encoder"),
+  ("regions", "region encoder"),
+  ("connector|fill_slots|splice", "connector and splice"),
+)
+_OP = re.compile(r"%?([\w.-]+) = .*?metadata=\{[^}]*op_name=\"([^\"]*)\"")
+_CONTAINERS = ("while", "call", "conditional", "tuple", "parameter")
+
+
+def make_config(dtype: str) -> Config:
+  """The model and its run; 'float32' or 'bfloat16' is what is computed in."""
+  s = types.SimpleNamespace(**SIZES)
+  model = ModelConfig(
+    name="benchmark",
+    vision=VisionConfig(
+      image_size=s.image, patch_size=s.patch, width=s.vision_width, layers=s.vision_layers,
+      heads=s.vision_heads, mlp_width=s.vision_mlp, select_layer=-1,
+    ),
+    connector=ConnectorConfig("linear"),
+    region=RegionConfig(
+      "pool", layers=(-1,), width=s.region_width, output_size=s.bins, sampling_ratio=s.ratio,
+      position_width=s.position_width,
+    ),
+    decoder=DecoderConfig(
+      vocab_size=s.vocab, width=s.width, layers=s.layers, heads=s.heads, kv_heads=s.heads,
+      head_dim=s.width // s.heads, mlp_width=s.mlp, max_length=s.tokens,
+    ),
+    compute_dtype=dtype,
+  )  # fmt: skip
+  data = DataConfig(rows=s.rows, tokens_per_row=s.tokens, images_per_row=1, regions_per_row=REGIONS)
+  return Config("benchmark", model, data=data, train=TrainConfig(weight_decay=0.01))
+
+
+def make_batch(config: Config) -> dict[str, np.ndarray]:
+  """Rows of one example: image tokens first, then text with a region's slot at every 16th place."""
+  shapes = batch_shapes(config.model, rows=ROWS, tokens=TOKENS, images=1, regions=REGIONS)
+  rng = np.random.default_rng(0)
+  batch = {name: np.zeros(s.shape, s.dtype) for name, s in shapes.items()}
+  patches = config.model.vision.tokens
+  tokens = rng.integers(10, SIZES["vocab"], (ROWS, TOKENS))
+  tokens[:, :patches] = IMAGE_SLOT
+  tokens[:, patches + 8 : patches + 8 + 16 * REGIONS : 16] = REGION_SLOT
+  weights = np.zeros((ROWS, TOKENS), np.float32)
+  weights[:, -SUPERVISED - 1 : -1] = 1
+  corner = rng.random((ROWS, REGIONS, 2)) * 0.5
+  boxes = np.concatenate([corner, corner + 0.1 + 0.4 * rng.random((ROWS, REGIONS, 2))], axis=-1)
+  given = dict(
+    tokens_bt=tokens, targets_bt=np.roll(tokens, -1, axis=1), loss_weights_bt=weights,
+    segment_ids_bt=np.ones((ROWS, TOKENS)), positions_bt=np.tile(np.arange(TOKENS), (ROWS, 1)),
+    images_bkhwc=rng.normal(size=batch["images_bkhwc"].shape), image_mask_bk=np.ones((ROWS, 1)),
+    boxes_br4=boxes, region_kind_br=np.full((ROWS, REGIONS), 2),
+    region_mask_br=np.ones((ROWS, REGIONS)),
+    region_cover_brn=np.full((ROWS, REGIONS, patches), 0.25),
+  )  # fmt: skip
+  for name, value in given.items():
+    batch[name] = np.asarray(value, batch[name].dtype)
+  return batch
+
+
+def training_cases(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Iterator[tuple]:
+  """(title, sizes, {'step': run one step}, facts) for each compute dtype."""
+  for dtype in dtypes:
+    step = TrainingStep(dtype)
+    title = f"20M VLM, {ROWS}x{TOKENS}, {dtype}"
+    yield title, SIZES | dict(dtype=dtype), dict(step=step), dict(parameters=step.parameters)
+
+
+class TrainingStep:
+  """Calls of it are steps, one after the other, on the same batch."""
+
+  def __init__(self, dtype: str):
+    config = make_config(dtype)
+    slots = types.SimpleNamespace(image_slot_id=IMAGE_SLOT, region_slot_id=REGION_SLOT)
+    forward, init = model_functions(config, slots)
+    optimizer = make_optimizer(config.train)
+    self._state = jax.jit(make_init(config, init, optimizer))(jax.random.key(0), {})
+    self.parameters = sum(x.size for x in jax.tree.leaves(self._state.trainable))
+    self._batch = jax.device_put(make_batch(config))
+    self._step = make_train_step(config, forward, optimizer, make_mesh())
+
+  def __call__(self) -> float:
+    self._state, metrics = self._step(self._state, self._batch, np.float32(0.1))
+    return float(metrics["loss_sum"] / metrics["weight_sum"])
+
+  def text(self) -> str:
+    """The compiled program."""
+    return self._step.lower(self._state, self._batch, np.float32(0.1)).compile().as_text()
+
+
+def profile(step: TrainingStep, steps: int = 5) -> list[tuple[str, float]]:
+  """(part, share of the computing time), largest first.
+
+  Times are of the program's instructions as the profiler saw them, on all threads; to which part
+  one belongs says its `op_name`, the path of modules that it comes from.
+  """
+  parts = {
+    match[1]: _part(match[2]) for match in map(_OP.search, step.text().splitlines()) if match
+  }
+  step()
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(steps):
+        step()
+    spent: dict[str, float] = collections.defaultdict(float)
+    for event in _events(Path(folder)):
+      name = event.get("args", {}).get("hlo_op")
+      if name and not name.startswith(_CONTAINERS):
+        spent[parts.get(name, "unnamed")] += event.get("dur", 0.0)
+  total = sum(spent.values()) or 1.0
+  return sorted(((part, time / total) for part, time in spent.items()), key=lambda p: -p[1])
+
+
+def _part(op_name: str) -> str:
+  if re.search(r"adam|optim|sqrt", op_name) and "transpose(jvp" not in op_name:
+    return "optimiser"
+  found = (part for pattern, part in PARTS if re.search(pattern, op_name))
+  return next(found, "optimiser and other")
+
+
+def _events(folder: Path) -> list[dict[str, Any]]:
+  (path,) = folder.rglob("*.trace.json.gz")
+  with gzip.open(path, "rt", encoding="utf-8") as file:
+    return json.load(file)["traceEvents"]
+
+
+def print_profile(step: TrainingStep, say: Callable[[str], None] = print) -> None:
+  """The table of `profile`."""
+  say("where our step's time goes")
+  for part, share in profile(step):
+    say(f"  {part:<28} {share:6.1%}")

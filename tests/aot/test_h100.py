@@ -1,0 +1,14 @@
+import pytest
+from mesh_cases import eight_heads
+
+from regionjax.aot import analysis, programs, topology
+
+
+@pytest.mark.cuda
+def test_decoding_on_eight_gpus_that_are_not_there(chips):
+  machine = topology.parse("h100:8")
+  program = programs.decode(eight_heads(), chips("h100:8", data=1, tensor=8), rows=2, length=64)
+  found = analysis.measure(program, machine)
+  assert found.fits
+  assert found["flops"]["hardware_over_jaxpr"] == pytest.approx(1, abs=analysis.TOLERANCE)
+  assert any(row["axes"] == "tensor" for row in found["collectives"])

@@ -1,0 +1,173 @@
+import functools
+
+import aot_cases
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from regionjax.aot import hlo, hlo_costs
+from regionjax.aot.errors import AotError
+from regionjax.aot.jaxpr_flops import flops, window_pairs
+
+
+def convolution(x, kernel, *, stride=1):
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+
+
+def gradients(x, kernel):
+  return jax.grad(lambda x, k: jnp.sum(convolution(x, k, stride=2) ** 2), argnums=(0, 1))(x, kernel)
+
+
+# Of fewer images the TPU's compiler cuts each into overlapping strips: more work than asked for.
+X, KERNEL = (32, 16, 16, 128), (3, 3, 128, 256)
+FORWARD = 2 * 32 * 16 * 16 * 9 * 128 * 256
+STRIDED = 2 * 32 * 8 * 8 * 9 * 128 * 256
+CASES = {
+  "matmul": (jnp.matmul, ((64, 128), (128, 256)), 2 * 64 * 128 * 256),
+  "batched": (jnp.matmul, ((6, 64, 128), (6, 128, 256)), 6 * 2 * 64 * 128 * 256),
+  "heads": (
+    functools.partial(jnp.einsum, "bkxh,bksh->bkxs"), ((2, 3, 64, 128), (2, 3, 96, 128)),
+    2 * 3 * 2 * 64 * 96 * 128,
+  ),
+  "convolution": (convolution, (X, KERNEL), FORWARD),
+  "strided": (functools.partial(convolution, stride=2), (X, KERNEL), STRIDED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flops_agree_with_the_formula_and_the_trace(name, chips, read):
+  function, shapes, expected = CASES[name]
+  lie = NamedSharding(chips("v5e:2x2"), PartitionSpec())
+  args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=lie) for s in shapes]
+  assert flops(function, *args) == expected
+  assert read(jax.jit(function).lower(*args).compile().as_text()).flops == expected
+
+
+def test_gradients_of_a_strided_convolution(chips, read):
+  """The holes that the stride leaves in the dilated output gradient aren't multiplied."""
+  lie = NamedSharding(chips("v5e:2x2"), PartitionSpec())
+  args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=lie) for s in (X, KERNEL)]
+  asked = flops(gradients, *args)
+  # Forward and the kernel's gradient in full; the input's misses what its own edge cuts off.
+  assert 2.8 * STRIDED < asked <= 3 * STRIDED
+  assert read(jax.jit(gradients).lower(*args).compile().as_text()).flops == pytest.approx(
+    asked, rel=0.03
+  )
+
+
+def test_window_pairs():
+  plain = dict(stride=1, low=1, lhs_dilate=1, rhs_dilate=1)
+  assert window_pairs(16, 3, 16, **plain) == 48
+  # A batch of 8 written as a window, as TPU programs do: each output meets its own input.
+  assert window_pairs(8, 8, 8, stride=7, low=0, lhs_dilate=8, rhs_dilate=1) == 8
+  # Transposed stride 2: every other position hits a hole.
+  assert window_pairs(4, 2, 7, stride=1, low=0, lhs_dilate=2, rhs_dilate=1) == 7
+
+
+def test_flops_of_calls_branches_and_kernels():
+  x = jnp.zeros((8, 8))
+  product = 2 * 8**3
+  assert flops(jax.checkpoint(jax.jit(lambda x: x @ x)), x) == product
+  assert flops(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), x) == (
+    2 * product
+  )
+  loop = functools.partial(jax.lax.while_loop, lambda x: x[0, 0] > 0, lambda x: x @ x)
+  assert flops(loop, x, assumed_trips=3) == 3 * product
+  with pytest.raises(AotError, match="say how many"):
+    flops(loop, x)
+  assert flops(lambda x: (x @ x, x)[1], x) == 0  # nothing reads it
+
+  from jax.experimental import pallas as pl
+
+  def kernel(x_ref, y_ref):
+    y_ref[...] = x_ref[...] @ x_ref[...]
+
+  blocks = pl.BlockSpec((8, 8), lambda i: (0, 0))
+  shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+  call = pl.pallas_call(kernel, grid=(5,), in_specs=[blocks], out_specs=blocks, out_shape=shape)
+  assert flops(call, x) == 5 * product
+
+
+def test_flops_inside_shard_map_are_those_of_all_devices(chips):
+  mesh = chips("v5e:2x2", data=4)
+  rows = PartitionSpec("data")
+  mapped = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows)
+  x = jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=NamedSharding(mesh, rows))
+  assert flops(mapped, x) == 4 * 2 * 8 * 8 * 16
+
+
+def test_a_step_on_four_chips(read, compiled_step):
+  result = read(compiled_step("v5e:2x2", data=1, fsdp=4).as_text())
+  assert result.flops * 4 == aot_cases.STEP_FLOPS
+  assert set(result.runs.trips.values()) == {aot_cases.LAYERS}
+
+
+TEXT = """\
+HloModule m
+
+%read (p.0: f32[100,128], p.1: s32[]) -> f32[1,128] {
+  %p.0 = f32[100,128]{1,0} parameter(0)
+  %p.1 = s32[]{:S(6)} parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[1,128]{1,0} dynamic-slice(%p.0, %p.1, %zero), dynamic_slice_sizes={1,128}
+}
+
+%write (q.0: f32[100,128], q.1: f32[1,128], q.2: s32[]) -> f32[100,128] {
+  %q.0 = f32[100,128]{1,0} parameter(0)
+  %q.1 = f32[1,128]{1,0} parameter(1)
+  %q.2 = s32[]{:S(6)} parameter(2)
+  %none = s32[] constant(0)
+  ROOT %put = f32[100,128]{1,0} dynamic-update-slice(%q.0, %q.1, %q.2, %none)
+}
+
+ENTRY %main (x: f32[100,128], i: s32[]) -> f32[100,128] {
+  %x = f32[100,128]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %row = f32[1,128]{1,0} fusion(%x, %i), kind=kLoop, calls=%read
+  %chip = f32[1,128]{1,0:S(1)} copy(%row)
+  %view = f32[100,128]{1,0} bitcast(%x)
+  %fetch = ((f32[100,128]{1,0}), f32[10,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%view), slice={[0:10]}
+  %fetched = f32[10,128]{1,0:S(1)} slice-done(%fetch)
+  %doubled = f32[10,128]{1,0} add(%fetched, %fetched)
+  ROOT %out = f32[100,128]{1,0} fusion(%x, %row, %i), kind=kLoop, calls=%write
+}
+"""  # noqa: E501
+
+
+def test_bytes_of_slices_updates_and_what_is_on_the_chip(read):
+  row, bytes_of = 128 * 4, {k.name: k.bytes for k in read(TEXT).kernels}
+  assert bytes_of["row"] == 2 * row  # a slice is read, not the operand
+  assert bytes_of["chip"] == row  # its result is not in HBM
+  assert bytes_of["fetch"] == 10 * row
+  assert bytes_of["doubled"] == 10 * row  # operands on the chip
+  assert bytes_of["out"] == 2 * row  # written in place
+  assert "view" not in bytes_of
+  assert {k.name: k.waits for k in read(TEXT).kernels}["fetch"] is False
+
+
+CALLS = """\
+HloModule m
+
+ENTRY %main (a: bf16[64,32], b: bf16[32,16], x: f32[2,8,8,4], k: f32[3,3,4,16]) -> f32[64,16] {
+  %a = bf16[64,32]{1,0} parameter(0)
+  %b = bf16[32,16]{1,0} parameter(1)
+  %x = f32[2,8,8,4]{3,2,1,0} parameter(2)
+  %k = f32[3,3,4,16]{3,2,1,0} parameter(3)
+  %gemm = (f32[64,16]{1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %conv = (f32[2,8,8,16]{3,2,1,0}, u8[0]{0}) custom-call(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convForward"
+  %mosaic = f32[64,16]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUw=","cost_estimate":{"flops":1234,"transcendentals":0,"bytes_accessed":99}}}
+  ROOT %r = f32[64,16]{1,0} get-tuple-element(%gemm), index=0
+}
+"""  # noqa: E501
+
+
+def test_flops_of_library_calls():
+  module = hlo.parse(CALLS)
+  main = module.computations["main"]
+  found = {i.name: hlo_costs.instruction_flops(i, main) for i in main}
+  assert found["gemm"] == 2 * 64 * 32 * 16
+  assert found["conv"] == 2 * 2 * 8 * 8 * 9 * 4 * 16
+  assert found["mosaic"] == 1234
