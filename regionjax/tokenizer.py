@@ -24,6 +24,7 @@ import tokenizers
 from regionjax import tokenizer_files
 from regionjax.config import CHATSPOT_TOKENS, GPT4ROI_TOKENS
 from regionjax.tokenizer_files import TokenizerError, TokenizerFiles
+from regionjax.tokenizer_published import KEY, published
 
 __all__ = ["CHATSPOT_TOKENS", "GPT4ROI_TOKENS", "Tokenizer", "TokenizerError", "load_tokenizer"]
 
@@ -156,15 +157,27 @@ class Tokenizer:
 
   def save(self, folder: str | Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, from which `load_tokenizer` reads it."""
+    self._write(folder, self._files.spec, {})
+
+  def publish(self, folder: str | Path) -> None:
+    """Writes both for transformers: there, too, a text begins with the begin token.
+
+    `load_tokenizer` reads the same tokenizer from them, with the same fingerprint.
+    """
+    spec, before = published(self._files.spec, self._files.roles.get("bos"))
+    self._write(folder, spec, {KEY: before} if before else {})
+
+  def _write(self, folder: str | Path, spec: dict[str, Any], more: dict[str, Any]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
+    text = json.dumps(spec, ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     roles = self._files.roles
     config: dict[str, Any] = {f"{role}_token": name for role, name in roles.items()}
     # Without a word about it a `<s>` that isn't put would come back as one that is.
     config |= {"add_bos_token": "bos" in roles, "tokenizer_class": "PreTrainedTokenizerFast"}
     path = folder / tokenizer_files.CONFIG
-    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    path.write_text(json.dumps(config | more, indent=2), encoding="utf-8")
 
   @functools.cached_property
   def fingerprint(self) -> str:

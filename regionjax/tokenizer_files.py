@@ -12,11 +12,12 @@ that began with the two would be one that the model never saw.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from regionjax.tokenizer_published import as_before, text_template
 
 TINY = Path(__file__).parent / "assets" / "tiny_tokenizer.json"
 CONFIG = "tokenizer_config.json"  # beside the tokenizer's own file, what transformers knows of it
@@ -77,7 +78,7 @@ def read(name_or_path: str | Path) -> TokenizerFiles:
   roles = find_roles(spec, known=_named_roles(config | _sidecar(folder, "special_tokens_map.json")))
   if (folder / CONFIG).is_file() and not _puts_begin(spec, roles.get("bos"), config, file):
     roles.pop("bos", None)
-  return TokenizerFiles(spec, roles)
+  return TokenizerFiles(as_before(spec, config), roles)  # the roles are by what the file says now
 
 
 def _file_in(folder: Path) -> Path | None:
@@ -143,23 +144,11 @@ def _puts_begin(
     return told
   if file is not None and file.suffix == ".model":
     return True
-  template = _text_template(spec.get("post_processor"))
+  template = text_template(spec.get("post_processor"))
   if template is not None:
     return begin in template
   kind = str(config.get("tokenizer_class")).lower()
   return kind.startswith(("llama", "codellama"))  # the first ones were called LLaMATokenizer
-
-
-def _text_template(step: Any) -> list[str] | None:
-  """The tokens that a post-processor puts before a text; None where it is no template of one."""
-  step = step or {}
-  if step.get("type") == "Sequence":
-    found = map(_text_template, step.get("processors", []))
-    return next((tokens for tokens in found if tokens is not None), None)
-  if step.get("type") != "TemplateProcessing":
-    return None
-  before = itertools.takewhile(lambda part: "SpecialToken" in part, step.get("single", []))
-  return [part["SpecialToken"]["id"] for part in before]
 
 
 def find_roles(

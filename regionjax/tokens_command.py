@@ -17,11 +17,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from regionjax.config import Config
 from regionjax.data.schema import Example, ImageRef, Turn
-from regionjax.infer.region_options import add_region_options, check_questions, policies
+from regionjax.infer.region_options import (
+  AppendNamed,
+  add_region_options,
+  check_questions,
+  policies,
+)
 from regionjax.infer.regions_input import parse_region
 from regionjax.mentions import escape, user_to_internal
 from regionjax.regions import Region
@@ -29,19 +34,7 @@ from regionjax.tokenizer import Tokenizer
 
 Size = tuple[int, int]
 
-
-class _Say(argparse.Action):
-  """Collects --ask and --answer into one list, in the order of the command line."""
-
-  def __call__(
-    self,
-    parser: argparse.ArgumentParser,
-    namespace: argparse.Namespace,
-    values: Any,
-    option_string: str | None = None,
-  ) -> None:
-    role = "user" if option_string == "--ask" else "assistant"
-    namespace.turns = [*(namespace.turns or []), (role, values)]
+ROLES = {"ask": "user", "answer": "assistant"}  # who speaks, by option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--system", metavar="TEXT", help="what the system says first")
   for option, what in (("--ask", "a question"), ("--answer", "the answer to the one before")):
     parser.add_argument(
-      option, action=_Say, dest="turns", metavar="TEXT", help=f"{what}; repeatable"
+      option, action=AppendNamed, dest="turns", metavar="TEXT", help=f"{what}; repeatable"
     )
   parser.add_argument(
     "--checkpoint",
@@ -118,7 +111,7 @@ def read_example(args: argparse.Namespace) -> Example:
     ValueError: turns that don't alternate, or regions in pixels of an image of unknown size.
     ImageError, RegionError: as for `regionjax chat`.
   """
-  said = _check_turns(args.turns or [])
+  said = _check_turns([(ROLES[option], text) for option, text in args.turns or []])
   size = _image_size(args)
   regions = [_region(kind, text, size, args) for kind, text in args.regions or []]
   questions = iter(check_questions([t for role, t in said if role == "user"], len(regions)))

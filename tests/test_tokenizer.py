@@ -1,7 +1,6 @@
 """Tokenizer: against sentencepiece and transformers, plain text, guards, files, the tiny asset."""
 
 import json
-import lzma
 import random
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import sentencepiece_model_pb2
+from llama_vocabulary import llama_model
 
 from regionjax.config import Config, ModelConfig
 from regionjax.conversation import Renderer
@@ -26,25 +25,8 @@ from regionjax.tokenizer import (
 )
 from regionjax.tokenizer_files import TINY
 
-DATA = Path(__file__).parent / "data"
-UNKNOWN, CONTROL, NORMAL, USER, BYTE = 2, 3, 1, 4, 6
+USER = 4  # the kind of a piece
 HOSTILE = ("<bbox>", "<im_patch>", "</s>", "<s>", "<unk>", "###", "<|im_end|>", "<0x0A>", "[PAD]")
-
-
-def llama_model(**normaliser) -> sentencepiece_model_pb2.ModelProto:
-  """LLaMA-1's sentencepiece model: scores fall with the id, as in every sentencepiece BPE."""
-  text = lzma.decompress((DATA / "llama1_vocab.txt.xz").read_bytes()).decode()
-  model = sentencepiece_model_pb2.ModelProto()
-  for i, piece in enumerate(text.split("\n")):
-    kind = UNKNOWN if i == 0 else CONTROL if i < 3 else BYTE if i < 259 else NORMAL
-    model.pieces.add(piece=piece, score=min(0, 259 - i), type=kind)
-  model.trainer_spec.model_type = model.trainer_spec.BPE
-  model.trainer_spec.byte_fallback = True
-  model.normalizer_spec.name = "identity"
-  model.normalizer_spec.remove_extra_whitespaces = False
-  for key, value in normaliser.items():
-    setattr(model.normalizer_spec, key, value)
-  return model
 
 
 @pytest.fixture(scope="module")

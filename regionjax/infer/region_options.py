@@ -13,8 +13,11 @@ from regionjax.infer.regions_input import KINDS
 from regionjax.mentions import has_mention, mention_the_only, user_to_internal
 
 
-class _Append(argparse.Action):
-  """Collects --box, --point, ... into one list, in the order of the command line."""
+class AppendNamed(argparse.Action):
+  """Collects several options into one list of (option's name, text), as the command line has them.
+
+  Give them one `dest`.
+  """
 
   def __call__(
     self,
@@ -23,16 +26,17 @@ class _Append(argparse.Action):
     values: Any,
     option_string: str | None = None,
   ) -> None:
-    kind = (option_string or "").lstrip("-")
-    namespace.regions = [*(namespace.regions or []), (kind, values)]
+    before = getattr(namespace, self.dest) or []
+    setattr(namespace, self.dest, [*before, ((option_string or "").lstrip("-"), values)])
 
 
 def add_region_options(parser: argparse.ArgumentParser) -> None:
   """Adds --box, --point, ..., collected as (kind, text) in `args.regions`, and their policies."""
   for kind, form in KINDS.items():
     parser.add_argument(
-      f"--{kind}", action=_Append, dest="regions", metavar=form, help=f"adds a {kind}; repeatable"
-    )
+      f"--{kind}", action=AppendNamed, dest="regions", metavar=form,
+      help=f"adds a {kind}; repeatable",
+    )  # fmt: skip
   parser.add_argument(
     "--normalized",
     action="store_true",

@@ -32,7 +32,9 @@ class Checkpoints:
     workdir: the run's folder.
     keep: the newest so many checkpoints stay.
     keep_every: those at its multiples stay too, for ever; 0: none.
-    read_only: for looking into a folder that a run may be writing: nothing there is changed.
+    read_only: for looking into a folder that a run may be writing: nothing there is changed,
+      neither what the run was killed in the middle of nor what is damaged, and checkpoints may come
+      and go.
     log: takes a line of text.
   """
 
@@ -54,7 +56,11 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, oldest first; one that is being written counts."""
-    return self._latest.steps()
+    if not self._read_only:
+      return self._latest.steps()
+    # Orbax remembers what it saw. Digits only: what is being written has another name.
+    names = (path.name for path in (self._workdir / "checkpoints").glob("*"))
+    return sorted(int(name) for name in names if name.isdigit())
 
   def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
     """Starts writing a checkpoint; a no-op if this step already has one.
@@ -105,8 +111,8 @@ class Checkpoints:
   def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest readable checkpoint, or None where there is none, not even a damaged one.
 
-    Damaged ones are named through `log`, moved to `damaged/` and passed over. Nothing is deleted.
-    With several processes one counts as damaged if any of them cannot read it.
+    Damaged ones are named through `log`, moved to `damaged/` (not by a reader) and passed over.
+    Nothing is deleted. With several processes one counts as damaged if any of them cannot read it.
 
     Args:
       like: a tree of jax.ShapeDtypeStruct with shardings.
@@ -118,8 +124,10 @@ class Checkpoints:
       CheckpointError: there are checkpoints, and all are damaged; again in each later call, until
         one is put back or `damaged/` is deleted.
     """
-    steps = self.steps()
-    for i, step in enumerate(reversed(steps)):
+    tried: list[int] = []
+    while left := [step for step in self.steps() if step not in tried]:
+      step = left[-1]
+      tried.append(step)
       restored, reason = None, "another process cannot read it"
       try:
         restored = self._latest.restore(step, like)
@@ -127,16 +135,19 @@ class Checkpoints:
         reason = _in_short(error)
       if _agreed(restored is not None):
         return restored
-      older = steps[-2 - i] if i + 1 < len(steps) else None
+      if self._read_only and step not in self.steps():
+        continue  # its run has removed it, when a newer one was complete
+      older = left[-2] if len(left) > 1 else None
       moved = "" if self._read_only else f"; moved to {self._set_aside(step)}"
       use = f"using step {older}" if older is not None else "and there is no older one"
       self._log(f"checkpoint of step {step} is damaged ({reason}){moved}; {use}")
     lost = self._set_aside_before()
-    if steps or lost:
+    if tried or lost:
       raise CheckpointError(
         f"no checkpoint under {self._workdir} can be read (damaged: steps "
-        f"{', '.join(map(str, lost or steps))}); put a copy of one back into checkpoints/, name "
-        f"another --workdir, or delete {self._workdir / DAMAGED} to start anew from step 0 here"
+        f"{', '.join(map(str, sorted({*lost, *tried})))}); put a copy of one back into "
+        f"checkpoints/, name another --workdir, or delete {self._workdir / DAMAGED} to start anew "
+        "from step 0 here"
       )
     return None
 

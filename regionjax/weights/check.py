@@ -2,53 +2,48 @@
 
 Two kinds. `check_bits` brings every parameter of a release back to the published layout and
 compares it with the source bit by bit; it streams, and needs nothing but the files. The others run
-transformers (with torch) and this program on the same input in float32: each block of a stack is
-given what transformers gave its own, so that an error shows in the block that makes it. Errors are
-max|a - b| / max|b| of a tensor.
-
-Axes: b rows, n image tokens, t tokens, c vision channels, d decoder channels, h w pixels.
+torch (`check_oracle`, `check_regions`) and this program (`check_numbers`) on the same input in
+float32, block by block, so that a model larger than memory can be checked. Only tokens are
+generated with whole models, one after the other, and where one doesn't fit into memory choices at
+the positions of a text are compared in their place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from regionjax.config import DecoderConfig, VisionConfig
+from regionjax.weights import check_numbers as numbers
 from regionjax.weights import leaves as lazy
 from regionjax.weights import release
+from regionjax.weights.check_numbers import Row
 from regionjax.weights.convert import Arranged
 from regionjax.weights.tensors import WeightsError
 
-BLOCK, WHOLE = 1e-5, 1e-4  # the errors that a sound conversion stays below
 NEW_TOKENS = 64
 PROMPT = "The quick brown fox jumps over the lazy dog. In the year 1999,"
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One line of the report.
-
-  Attributes:
-    name: what was compared.
-    error: max|a - b| / max|b|.
-    limit: what it must stay below.
-  """
-
-  name: str
-  error: float
-  limit: float
-
-  @property
-  def passed(self) -> bool:
-    return bool(self.error <= self.limit)  # not for NaN
+# At least NEW_TOKENS tokens of any vocabulary.
+TEXT = f"""{PROMPT} the old lighthouse at the end of the harbour was painted again: two white bands
+and a red one, 31 metres high. "Can you see it from the ferry?" she asked. He couldn't, because the
+fog had come in before noon; but there were 12 boats on the water, three of them blue, and a dog
+that ran along the quay as if it had been expected there since the morning. Later, when the sun came
+out, everything was visible at once."""
+# Boxes that a region module is tried with: of usual sizes, whole, thin, and beyond the image. None
+# of the last one's samples lies where RoIAlign's become 0: there rounding would decide.
+BOXES = (
+  (0.1, 0.2, 0.55, 0.9), (0.0, 0.0, 1.0, 1.0), (0.62, 0.05, 0.66, 0.98), (-0.043, 0.4, 0.3, 1.087)
+)  # fmt: skip
+# What a model takes while it is read, in shares of itself: stacked layers of the largest kind are a
+# fifth of a LLaMA, and stand in memory twice while they are placed.
+SPARE_MEMORY = 1.3
 
 
 @dataclasses.dataclass
@@ -61,7 +56,7 @@ class Report:
     wrong: names of tensors whose bits differ.
     tokens: greedy tokens compared; 0 if none were.
     differs_at: index of the first token that differs; None if all are equal.
-    left_out: what was not checked, and why.
+    why: '' where the tokens were generated; else why they are choices at the positions of a text.
   """
 
   rows: list[Row] = dataclasses.field(default_factory=list)
@@ -69,7 +64,7 @@ class Report:
   wrong: list[str] = dataclasses.field(default_factory=list)
   tokens: int = 0
   differs_at: int | None = None
-  left_out: list[str] = dataclasses.field(default_factory=list)
+  why: str = ""
 
   @property
   def passed(self) -> bool:
@@ -82,10 +77,18 @@ class Report:
       verdict = "" if row.passed else f"  ABOVE {row.limit:g}"
       lines.append(f"{row.name:<{width}}  {row.error:.1e}{verdict}")
     if self.tokens:
-      same = "all equal" if self.differs_at is None else f"differ from token {self.differs_at} on"
-      lines.append(f"{self.tokens} greedy tokens: {same}")
-    lines += [f"not checked: {what}" for what in self.left_out]
+      lines.append(self._tokens())
     return "\n".join([*lines, "check passed" if self.passed else "CHECK FAILED"])
+
+  def _tokens(self) -> str:
+    what = f"{self.tokens} greedy tokens"
+    if self.why:
+      what = f"{self.why}: choices at {self.tokens} positions of one text"
+    if self.differs_at is None:
+      return f"{what}: all equal"
+    if self.why:
+      return f"{what}: the first that differs is at {self.differs_at}"
+    return f"{what}: differ from token {self.differs_at} on"
 
   def _bits(self) -> str:
     if not self.wrong:
@@ -94,13 +97,20 @@ class Report:
 
 
 def check(
-  arranged: Arranged, made: pathlib.Path, *, log: Callable[[str], None] = lambda _: None
+  arranged: Arranged,
+  made: pathlib.Path,
+  *,
+  source: pathlib.Path,
+  clip: pathlib.Path | None = None,
+  log: Callable[[str], None] = lambda _: None,
 ) -> Report:
   """Checks a release against the source that it was converted from.
 
   Args:
     arranged: the conversion.
     made: the release.
+    source: what it was arranged from: a folder, or a .gguf file.
+    clip: of a GPT4RoI: CLIP's folder.
     log: told what is being done.
 
   Raises:
@@ -110,25 +120,13 @@ def check(
   report = Report()
   log("comparing bits")
   check_bits(arranged, opened, report)
-  if arranged.family != "gpt4roi":
-    log("running transformers beside this program, in float32")
-  model = opened.config.model
-  path = pathlib.Path(arranged.steps[-1].source.where)
-  folder = path if path.is_dir() else path.parent
-  with _torch():
-    if arranged.family == "hf-clip":
-      report.rows += check_tower(load_tower(folder), model.vision, _tree(opened, "vision"))
-    elif arranged.family == "gpt4roi":
-      report.left_out.append(
-        "GPT4RoI's region module and connector in numbers (transformers has none; their bits are)"
-      )
-    else:
-      oracle = load_decoder(arranged, path)
-      if arranged.family == "hf-llava":
-        tower = oracle.model.vision_tower
-        report.rows += check_tower(tower, model.vision, _tree(opened, "vision"))
-        report.left_out.append("the projector in numbers (its bits are)")
-      check_decoder(oracle, opened, report)
+  # On a GPU or TPU products of float32 are otherwise of fewer bits.
+  with _torch(), jax.default_matmul_precision("highest"):
+    work = _Work(arranged, opened, source, clip, report, log)
+    if "vision" in opened.parts:
+      work.check_images()
+    if "decoder" in opened.parts:
+      work.check_decoder()
   return report
 
 
@@ -142,6 +140,10 @@ def check_bits(arranged: Arranged, opened: release.Opened, report: Report) -> No
       report.tensors += 1
       if not _same_bits(leaf, named[key]):
         report.wrong.append(key)
+    for key, tensor in step.plan.spare.items():
+      report.tensors += 1
+      if key not in opened.spare or not _same_bits(opened.spare[key], tensor):
+        report.wrong.append(key)
 
 
 def _same_bits(ours: lazy.Leaf, theirs: Any) -> bool:
@@ -153,179 +155,114 @@ def _same_bits(ours: lazy.Leaf, theirs: Any) -> bool:
   return equal
 
 
-def check_tower(tower: Any, config: VisionConfig, params: Mapping[str, Any]) -> list[Row]:
-  """A vision tower: every hidden state of the same random images.
+@dataclasses.dataclass(frozen=True)
+class _Work:
+  """One check in numbers: its two sides, and the report that it fills."""
 
-  Args:
-    tower: transformers' CLIPVisionModel in float32.
-    config: ours.
-    params: ours, {'vision': ...}.
-  """
-  import torch
+  arranged: Arranged
+  opened: release.Opened
+  source: pathlib.Path
+  clip: pathlib.Path | None
+  report: Report
+  log: Callable[[str], None]
 
-  from regionjax.models.vit import VisionTransformer
+  @property
+  def weights(self) -> numbers.Weights:
+    return numbers.Weights(self.opened.leaves)
 
-  images_bhwc = np.random.default_rng(0).normal(size=(2, *config.image_hw, 3)).astype(np.float32)
-  with torch.no_grad():
-    out = tower(torch.tensor(images_bhwc.transpose(0, 3, 1, 2)), output_hidden_states=True)
-  depth = jax.tree.leaves(params["vision"]["layers"])[0].shape[0]
-  module = VisionTransformer(config, depth=depth)
-  hidden = module.apply({"params": params["vision"]}, images_bhwc)
-  names = ["vision embeddings", *(f"vision block {i}" for i in range(depth))]
-  return [
-    Row(name, relative(ours, theirs.numpy()), WHOLE if i == depth else BLOCK)
-    for i, (name, ours, theirs) in enumerate(zip(names, hidden, out.hidden_states))
-  ]
+  @property
+  def dtype(self) -> np.dtype | None:
+    """Of the release; None where it keeps several, which are then the source's."""
+    dtypes = {leaf.dtype for leaf in self.opened.leaves.values()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
+  def check_images(self) -> None:
+    """The tower, and what makes tokens of its hidden states."""
+    from regionjax.weights import check_oracle as oracle
 
-def check_decoder(oracle: Any, opened: release.Opened, report: Report) -> None:
-  """A decoder: every block on transformers' own input, the logits, and greedy tokens."""
-  config = opened.config.model.decoder
-  params = _tree(opened, "decoder")
-  ids = opened.tokenizer.encode_text(PROMPT)
-  ids = [i for i in (opened.tokenizer.bos_id,) if i >= 0] + ids
-  report.rows += list(compare_blocks(oracle, config, params["decoder"], ids))
-  ours, theirs = greedy(config, params, ids), oracle_greedy(oracle, ids)
-  report.tokens = len(theirs)
-  differing = [i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b]
-  report.differs_at = differing[0] if differing else None
+    self.log("running transformers' vision tower beside this program's, in float32")
+    arranged, model, rows = self.arranged, self.opened.config.model, self.report.rows
+    images = numbers.draw_images(model.vision)
+    tower = oracle.open_tower(arranged, self.source, clip=self.clip, dtype=self.dtype)
+    hidden = oracle.hidden_states(tower, images)
+    del tower
+    rows += numbers.compare_tower(hidden, images, model.vision, self.weights)
+    if "connector" in self.opened.parts:
+      theirs = oracle.image_tokens(arranged, self.source, hidden, self.dtype)
+      rows.append(numbers.compare_connector(theirs, hidden, model, self.weights))
+    if arranged.family == "gpt4roi":
+      from regionjax.weights import check_regions as regions
 
-
-def compare_blocks(
-  oracle: Any, config: DecoderConfig, params: Mapping[str, Any], ids: Sequence[int]
-) -> Iterator[Row]:
-  """One row per block, and one for the logits of the whole.
-
-  Args:
-    oracle: transformers' LlamaForCausalLM in float32.
-    config: ours.
-    params: ours, layers stacked.
-    ids: of the prompt.
-  """
-  import torch
-
-  from regionjax.models.decoder import Decoder, DecoderBlock
-  from regionjax.ops import rope
-
-  tokens_bt = np.asarray([ids])
-  with torch.no_grad():
-    out = oracle(torch.tensor(tokens_bt), output_hidden_states=True, use_cache=False)
-  hidden = [h.numpy() for h in out.hidden_states]
-  positions_bt = jnp.arange(len(ids), dtype=jnp.int32)[None]
-  segments_bt = jnp.ones((1, len(ids)), jnp.int32)
-  table = rope.rope_table(
-    positions_bt, head_dim=config.head_dim, base=config.rope_base, scaling=config.rope_scaling
-  )
-  block = jax.jit(
-    lambda p, x: DecoderBlock(config).apply({"params": p}, x, table, segments_bt, None, None)[0]
-  )
-  yield Row("embeddings", relative(params["embed"]["embedding"][tokens_bt], hidden[0]), BLOCK)
-  for i in range(config.layers - 1):  # transformers gives the last block's output normed
-    layer = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), params["layers"])
-    yield Row(f"block {i}", relative(block(layer, hidden[i]), hidden[i + 1]), BLOCK)
-
-  def whole(module: Decoder, tokens_bt: Any) -> Any:
-    x_btd, _ = module(
-      module.embed(tokens_bt), positions_bt=positions_bt, segment_ids_bt=segments_bt
-    )
-    return module.logits(x_btd)
-
-  logits = Decoder(config).apply({"params": params}, tokens_bt, method=whole)
-  size = out.logits.shape[-1]
-  yield Row("logits", relative(logits[..., :size], out.logits.numpy()), WHOLE)
-
-
-def greedy(config: DecoderConfig, params: Mapping[str, Any], ids: Sequence[int]) -> list[int]:
-  """NEW_TOKENS most probable tokens by this program, with a cache, no stop."""
-  from regionjax.models.decoder import Decoder, init_cache
-  from regionjax.models.params import unstack_layers
-
-  module = Decoder(config, scan_layers=False)
-  placed = jax.tree.map(jnp.asarray, unstack_layers(params["decoder"]))
-
-  @jax.jit
-  def step(tokens_bt: Any, cache: Any) -> Any:
-    def run(m: Decoder) -> Any:
-      positions_bt = cache.length_b[:, None] + jnp.arange(tokens_bt.shape[1])[None]
-      x_btd, new = m(
-        m.embed(tokens_bt), positions_bt=positions_bt,
-        segment_ids_bt=jnp.ones_like(tokens_bt), cache=cache,
+      self.log("running the region module in torch and here")
+      read = oracle.Published(arranged.steps[-1], self.dtype)
+      hidden = [state[:1] for state in hidden]
+      levels = regions.region_maps(read, hidden, oracle.select_layer(self.source))
+      boxes = np.asarray(BOXES, np.float32)
+      tokens = regions.region_tokens(read, levels, boxes)
+      rows += numbers.compare_regions(
+        [level.numpy() for level in levels], tokens, boxes,
+        hidden=hidden, model=model, weights=self.weights,
       )  # fmt: skip
-      return jnp.argmax(m.logits(x_btd[:, -1:])[:, 0], axis=-1), new
 
-    return module.apply({"params": placed}, method=run)
+  def check_decoder(self) -> None:
+    """Every block on transformers' own input, the logits, and greedy tokens."""
+    from regionjax.weights import check_oracle as oracle
 
-  out: list[int] = []
-  cache = init_cache(config, 1, len(ids) + NEW_TOKENS)
-  token_b, cache = step(jnp.asarray([ids], jnp.int32), cache)
-  while True:
-    out.append(int(token_b[0]))
-    if len(out) == NEW_TOKENS:
-      return out
-    token_b, cache = step(token_b[:, None].astype(jnp.int32), cache)
+    self.log("running transformers' decoder, block by block, in float32")
+    config = self.opened.config.model.decoder
+    decoder = oracle.open_decoder(self.arranged, self.source, self.dtype)
+    ids = self._encode(TEXT)[: config.max_length]
+    trace = decoder.run(ids)
+    self.log("running this program's on the same")
+    rows, ours = numbers.compare_decoder(
+      trace.hidden, trace.logits_1tv, ids, config=config, weights=self.weights
+    )
+    self.report.rows += rows
+    theirs = np.argmax(trace.logits_1tv[0], axis=-1).tolist()
+    self.report.why = too_large(decoder.nbytes)
+    if not self.report.why:
+      ids = self._encode(PROMPT)
+      self.log(f"generating {NEW_TOKENS} tokens here")
+      ours = numbers.greedy(config, self.weights.tree("decoder"), ids, NEW_TOKENS)
+      gc.collect()
+      self.log("and by transformers")
+      theirs = decoder.generate(ids, NEW_TOKENS)
+    self._compare_tokens(ours, theirs)
 
+  def _compare_tokens(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
+    self.report.tokens = len(theirs)
+    differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    self.report.differs_at = differing[0] if differing else None
 
-def oracle_greedy(oracle: Any, ids: Sequence[int]) -> list[int]:
-  """The same by transformers."""
-  import torch
-
-  out = oracle.generate(
-    torch.tensor([list(ids)]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-  )
-  return out[0, len(ids) :].tolist()
-
-
-def load_tower(folder: pathlib.Path) -> Any:
-  """transformers' vision tower, in float32."""
-  import torch
-  from transformers import CLIPVisionModel
-
-  return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def load_decoder(arranged: Arranged, path: pathlib.Path) -> Any:
-  """transformers' language model of a source (a LLaVA with its tower), in float32."""
-  import torch
-  from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
-
-  if arranged.family == "gguf":
-    return load_gguf(path)
-  folder = path if path.is_dir() else path.parent
-  if arranged.family == "hf-llava":
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-  return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+  def _encode(self, text: str) -> list[int]:
+    tokenizer = self.opened.tokenizer
+    return [i for i in (tokenizer.bos_id,) if i >= 0] + tokenizer.encode_text(text)
 
 
-def load_gguf(path: pathlib.Path) -> Any:
-  """transformers' language model of a GGUF file, in float32.
+def too_large(nbytes: int) -> str:
+  """Why a model is not held in memory as a whole, or ''.
 
-  `from_pretrained(gguf_file=...)` reads the same, but only where accelerate is installed.
+  Args:
+    nbytes: of its weights.
   """
-  import torch
-  from transformers import AutoConfig, AutoModelForCausalLM
-  from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-  config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-  model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-  state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
-  if config.tie_word_embeddings:
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-  model.load_state_dict(state)
-  return model.eval()
+  free = available_bytes()
+  if nbytes * SPARE_MEMORY <= free:
+    return ""
+  return f"model of {nbytes / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB available"
 
 
-def relative(ours: Any, theirs: Any) -> float:
-  """max|a - b| / max|b|; infinite where shapes differ."""
-  a, b = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-  if a.shape != b.shape:
+def available_bytes() -> float:
+  """Memory that a program can still take; infinite where the system doesn't say."""
+  try:
+    with open("/proc/meminfo", encoding="ascii") as file:
+      told = dict(line.split(":", 1) for line in file)
+    return int(told["MemAvailable"].split()[0]) * 1024
+  except (OSError, KeyError):
+    pass
+  try:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  except (AttributeError, ValueError, OSError):
     return float("inf")
-  return float(np.abs(a - b).max() / np.abs(b).max())
-
-
-def _tree(opened: release.Opened, part: str) -> dict[str, Any]:
-  """A part's parameters in float32."""
-  flat = {path: tensor.array().astype(np.float32) for path, tensor in opened.of(part).items()}
-  return release.unflatten(flat)
 
 
 @contextlib.contextmanager

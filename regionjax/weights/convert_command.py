@@ -64,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
   from regionjax.weights.check import check
 
-  report = check(arranged, folder, log=lambda text: print(f"{text} ...", file=sys.stderr))
+  report = check(
+    arranged, folder, source=args.source, clip=args.clip,
+    log=lambda text: print(f"{text} ...", file=sys.stderr),
+  )  # fmt: skip
   print(report)
   return 0 if report.passed else 1
 

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from regionjax.weights.shards import open_sharded, unique_pairs
+from regionjax.weights.shards import open_file_or_set, unique_pairs
 from regionjax.weights.tensors import (
   MappedFile,
   MappedTensor,
@@ -68,9 +68,7 @@ def open_safetensors(path: str | os.PathLike) -> TensorSource:
     WeightsError: missing, truncated (with the number of bytes that lack), or with a header that
       is not what the format demands; of a sharded set every fault in one message.
   """
-  if str(path).endswith(".json"):
-    return open_sharded(path, _open_one)
-  return _open_one(path)
+  return open_file_or_set(path, _open_one)
 
 
 def _open_one(path: str | os.PathLike) -> TensorSource:

@@ -13,8 +13,23 @@ from collections.abc import Callable
 from regionjax.weights.tensors import TensorSource, WeightsError
 
 
+def open_file_or_set(
+  path: str | os.PathLike, open_file: Callable[[str | os.PathLike], TensorSource]
+) -> TensorSource:
+  """Opens a file of weights, or where the path is an `.index.json` the set that it joins.
+
+  Args:
+    path: the file or the index.
+    open_file: opens one file.
+
+  Raises:
+    WeightsError: as `open_file` does; of a set every fault in one message, see `open_sharded`.
+  """
+  return open_sharded(path, open_file) if str(path).endswith(".json") else open_file(path)
+
+
 def open_sharded(
-  path: str | os.PathLike, open_file: Callable[[pathlib.Path], TensorSource]
+  path: str | os.PathLike, open_file: Callable[[str | os.PathLike], TensorSource]
 ) -> TensorSource:
   """Opens every shard that an index names, and holds the index against what they hold.
 

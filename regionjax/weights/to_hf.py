@@ -123,7 +123,7 @@ def write(
       if one.preprocessor is not None:
         _write_json(inside / "preprocessor_config.json", one.preprocessor)
       if one.tokenizer is not None:
-        one.tokenizer.save(inside)
+        one.tokenizer.publish(inside)
   return folder
 
 

@@ -15,7 +15,7 @@ import zipfile
 from reprlib import repr as short
 from typing import Any
 
-from regionjax.weights.shards import open_sharded
+from regionjax.weights.shards import open_file_or_set
 from regionjax.weights.state_pickle import Note, Storage, load_notes
 from regionjax.weights.tensors import (
   MappedFile,
@@ -52,9 +52,7 @@ def open_torch(path: str | os.PathLike) -> TensorSource:
       big-endian; a pickle that names anything but the parts of a state dict (nothing of it is
       run); a tensor that reaches out of its storage; of a sharded set every fault in one message.
   """
-  if str(path).endswith(".json"):
-    return open_sharded(path, _open_one)
-  return _open_one(path)
+  return open_file_or_set(path, _open_one)
 
 
 def _open_one(path: str | os.PathLike) -> TensorSource:

@@ -1,20 +1,14 @@
-"""GPT4RoI's region module: the published module's own figures, sizes from the config, invariances.
-
-`tests/data/region_module_128.npz` holds what the original module computes in float32 with maps of
-128 channels (2 per GroupNorm group) for two images of 3 and 4 boxes, one of them empty and one
-leaving its image. Its parameters are not stored: they are drawn from their names.
-"""
+"""GPT4RoI's region module: the original's own figures, sizes from the config, invariances."""
 
 import dataclasses
 import math
-import zlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from region_module import draw, figures, inputs, relative
 
 from regionjax.config import DecoderConfig, ModelConfig, RegionConfig, VisionConfig
 from regionjax.mesh import AXES
@@ -22,19 +16,7 @@ from regionjax.models import pyramid_maps
 from regionjax.models.pyramid import PyramidEncoder
 from regionjax.models.region_encoders import make_region_encoder
 
-GOLDEN = Path(__file__).parents[1] / "data" / "region_module_128.npz"
 CONFIG = RegionConfig(width=128)
-
-
-def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
-  """The golden figures' parameter of this name, in PyTorch's layout."""
-  rng = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
-  x = rng.standard_normal(shape, dtype=np.float32)
-  if key.endswith("bias"):
-    return x * np.float32(0.02)
-  if len(shape) == 1:
-    return 1 + np.float32(0.1) * x
-  return (x / math.sqrt(math.prod(shape[1:]))).astype(np.float32)
 
 
 def linear(key: str, fan_in: int, fan_out: int) -> dict:
@@ -79,21 +61,12 @@ def golden_params(c: RegionConfig, channels: int, out_width: int) -> dict:
   return {"params": params}
 
 
-def relative(a, b) -> float:
-  return float(np.max(np.abs(np.asarray(a) - b)) / np.max(np.abs(b)))
-
-
 @pytest.fixture(scope="module")
 def golden():
-  with np.load(GOLDEN) as z:
-    data = dict(z)
+  data = figures()
   encoder = PyramidEncoder(config=CONFIG, in_width=128, out_width=4096, grid=(16, 16))
   variables = golden_params(CONFIG, channels=128, out_width=4096)
-  # Two rows of one image each.
-  hidden = [jnp.asarray(data[f"features_{l}"])[:, None] for l in range(4)]
-  boxes = jnp.asarray(data["boxes"])
-  mask = jnp.all(jnp.isfinite(boxes), axis=-1)
-  return data, encoder, variables, hidden, boxes, mask
+  return data, encoder, variables, *inputs(data)
 
 
 def region_args(boxes, mask, image=None):

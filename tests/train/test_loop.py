@@ -18,7 +18,6 @@ from regionjax.mesh import make_mesh
 from regionjax.ops.tokens import resize_positions
 from regionjax.tokenizer import load_tokenizer
 from regionjax.train import workdir as workdirs
-from regionjax.train.finish import export_workdir
 from regionjax.train.initial import starting_params
 from regionjax.train.lines import read_rows
 from regionjax.train.metrics import read_metrics
@@ -198,14 +197,6 @@ def test_a_finished_run_stays_finished(runs):
   outcome = run(runs["config"], runs["folder"] / "straight", reports)
   assert outcome.finished and outcome.step == 12
   assert "done: 12 steps" in reports.text.getvalue()
-
-
-def test_a_release_can_be_made_from_a_stopped_run(runs, tmp_path):
-  out = export_workdir(runs["folder"] / "parts", tmp_path / "out")
-  made = (out / "model.safetensors").read_bytes()
-  assert made == (runs["folder"] / "parts" / "release" / "model.safetensors").read_bytes()
-  with pytest.raises(ConfigError, match="is no work folder"):
-    export_workdir(tmp_path, tmp_path / "out2")
 
 
 def test_training_can_start_from_a_release(runs, micro):

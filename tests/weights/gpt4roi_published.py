@@ -7,19 +7,17 @@ of it can be compared closely.
 
 import dataclasses
 import json
-import lzma
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from sentencepiece import sentencepiece_model_pb2
+from llama_vocabulary import llama_model
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from regionjax.tokenizer import GPT4ROI_TOKENS
 
-VOCABULARY = Path(__file__).parents[1] / "data" / "llama1_vocab.txt.xz"
 WIDTH, LAYERS, ROWS = 128, 3, 32000
 MODULE = dict(width=128, position=48, token=96)
 LLAMA = dict(
@@ -66,20 +64,6 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
   return model.eval()
 
 
-def llama_vocabulary() -> bytes:
-  """LLaMA-1's tokenizer.model: scores fall with the id, as in every sentencepiece BPE."""
-  text = lzma.decompress(VOCABULARY.read_bytes()).decode()
-  model = sentencepiece_model_pb2.ModelProto()
-  for i, piece in enumerate(text.split("\n")):
-    kind = 2 if i == 0 else 3 if i < 3 else 6 if i < 259 else 1  # unknown, control, byte, normal
-    model.pieces.add(piece=piece, score=min(0, 259 - i), type=kind)
-  model.trainer_spec.model_type = model.trainer_spec.BPE
-  model.trainer_spec.byte_fallback = True
-  model.normalizer_spec.name = "identity"
-  model.normalizer_spec.remove_extra_whitespaces = False
-  return model.SerializeToString()
-
-
 def save_checkpoint(folder: Path, state: Mapping[str, torch.Tensor]) -> Path:
   """What the hub has of a GPT4RoI: two shards, their index, configuration and tokenizer."""
   folder.mkdir()
@@ -97,7 +81,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, torch.Tensor]) -> Path:
     transformers_version="4.29.2",
   )  # fmt: skip
   (folder / "config.json").write_text(json.dumps(config))
-  (folder / "tokenizer.model").write_bytes(llama_vocabulary())
+  (folder / "tokenizer.model").write_bytes(llama_model().SerializeToString())
   added = {token: ROWS + i for i, token in enumerate(GPT4ROI_TOKENS)}
   (folder / "added_tokens.json").write_text(json.dumps(added))
   return folder
@@ -132,7 +116,7 @@ def publish(root: Path, twin_type: Callable[..., Any]) -> Published:
       root / "GPT4RoI-7B", merged | {name: torch.rand(WIDTH // 8) for name in frequencies}
     ),
     clip=root / "clip",
-    vocabulary=llama_vocabulary(),
+    vocabulary=llama_model().SerializeToString(),
     twin=twin,
     state=merged,
   )

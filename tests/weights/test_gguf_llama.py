@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from regionjax.config import DecoderConfig, RopeScaling
 from regionjax.models.decoder import Decoder
-from regionjax.weights.check import load_gguf
+from regionjax.weights.check_oracle import open_gguf_decoder
 from regionjax.weights.families import llama
 from regionjax.weights.families.gguf import as_hf, config_from_gguf, half_split
 from regionjax.weights.gguf_file import open_gguf
@@ -122,7 +122,7 @@ def test_logits_are_those_of_the_model_that_was_written(tmp_path, tied):
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 17))
   with torch.no_grad():
     theirs = model(torch.tensor(tokens)).logits.numpy()
-    again = load_gguf(path)(torch.tensor(tokens)).logits.numpy()
+    again = open_gguf_decoder(path).whole()(torch.tensor(tokens)).logits.numpy()
   assert relative(logits_of(config, as_hf(source), tokens), theirs) < 1e-4
   assert relative(again, theirs) < 1e-4  # so the file is as transformers expects one
 

@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 import math
-import zlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from region_module import draw, figures, inputs, relative
 
 from regionjax.config import ConnectorConfig, DecoderConfig, ModelConfig, RegionConfig, VisionConfig
 from regionjax.models.params import param_shapes
@@ -19,7 +18,6 @@ from regionjax.weights.leaves import from_arrays, read_all
 from regionjax.weights.release import flatten, unflatten
 from regionjax.weights.tensors import Tensor, WeightsError
 
-GOLDEN = Path(__file__).parents[1] / "data" / "region_module_128.npz"
 MODULE = "model.spi_module."
 
 
@@ -160,21 +158,6 @@ def test_there_and_back_is_bit_exact():
   assert again == config
 
 
-def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
-  """The golden figures' parameter of this name, in PyTorch's layout."""
-  rng = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
-  x = rng.standard_normal(shape, dtype=np.float32)
-  if key.endswith("bias"):
-    return x * np.float32(0.02)
-  if len(shape) == 1:
-    return 1 + np.float32(0.1) * x
-  return (x / math.sqrt(math.prod(shape[1:]))).astype(np.float32)
-
-
-def relative(a, b) -> float:
-  return float(np.max(np.abs(np.asarray(a) - b)) / np.max(np.abs(b)))
-
-
 def test_region_tokens_through_the_table_are_the_golden_ones():
   sizes = Sizes(layers=1, mlp=8, vision=128, maps=128)
   stored = {
@@ -191,11 +174,8 @@ def test_region_tokens_through_the_table_are_the_golden_ones():
   plan = gpt4roi.table(config).plan(source, wanted(config))
   params = {p: read_all(leaf) for p, leaf in plan.leaves.items() if p.startswith("regions/")}
 
-  with np.load(GOLDEN) as z:
-    data = dict(z)
-  hidden = [jnp.asarray(data[f"features_{l}"])[:, None] for l in range(4)]
-  boxes = jnp.asarray(data["boxes"])
-  mask = jnp.all(jnp.isfinite(boxes), axis=-1)
+  data = figures()
+  hidden, boxes, mask = inputs(data)
   zeros = jnp.zeros(mask.shape, jnp.int32)
   args = (boxes, zeros, zeros + 2, mask, jnp.zeros((*mask.shape, 256), jnp.float32))
   encoder = make_region_encoder(config)

@@ -4,8 +4,6 @@
 """
 
 import dataclasses
-import math
-import zlib
 from pathlib import Path
 
 import jax
@@ -15,6 +13,7 @@ import sentencepiece
 import sklearn
 import torch
 from PIL import Image
+from region_module import draw, figures
 from transformers import CLIPVisionModel
 
 import regionjax
@@ -27,7 +26,6 @@ from regionjax.regions import Region
 from regionjax.weights import convert, release, to_hf
 from regionjax.weights.sources import open_weights
 
-DATA = Path(__file__).parents[1] / "data"
 PHOTO = Path(sklearn.__file__).parent / "datasets" / "images" / "china.jpg"  # 640 x 427
 PIXELS = ((60, 40, 320, 400), (300.5, 10.25, 330, 420), (0, 0, 640, 427))
 ASKED = "What differs between <region1> and <region2>, and what is <region3>?"
@@ -61,21 +59,12 @@ def folder(published, tmp_path_factory) -> Path:
 
 
 def test_the_twin_computes_the_originals_own_figures(gpt4roi_twin):
-  """`region_module_128.npz` holds what the original module gives for two images."""
-  with np.load(DATA / "region_module_128.npz") as z:
-    golden = dict(z)
+  golden = figures()
   module = gpt4roi_twin.SpiModule(channels=128, width=128, position=256, token=1024, out=4096)
   state = module.state_dict()
   assert len(state) == 43
   for name, value in state.items():  # its parameters are drawn from their names
-    rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
-    noise = torch.from_numpy(rng.standard_normal(tuple(value.shape), dtype=np.float32))
-    if name.endswith("bias"):
-      value.copy_(0.02 * noise)
-    elif value.ndim == 1:
-      value.copy_(1 + 0.1 * noise)
-    else:
-      value.copy_(noise / math.sqrt(value[0].numel()))
+    value.copy_(torch.from_numpy(draw(name, tuple(value.shape))))
   for i in range(2):
     features = [torch.from_numpy(golden[f"features_{l}"][i]) for l in range(4)]
     maps = [x_nc.T.reshape(1, 128, 16, 16) for x_nc in features]

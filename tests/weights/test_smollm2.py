@@ -17,7 +17,7 @@ from regionjax.conversation import Renderer
 from regionjax.data.schema import Example, Turn
 from regionjax.models.decoder import Decoder, init_cache
 from regionjax.tokenizer import Tokenizer
-from regionjax.weights.check import load_gguf
+from regionjax.weights.check_oracle import open_gguf_decoder
 from regionjax.weights.families import llama
 from regionjax.weights.families.gguf import as_hf, config_from_gguf
 from regionjax.weights.gguf_file import open_gguf
@@ -74,7 +74,7 @@ def their_tokenizer(path):
 
 @pytest.fixture(scope="module")
 def theirs(path) -> LlamaForCausalLM:
-  return load_gguf(path)
+  return open_gguf_decoder(path).whole()
 
 
 @pytest.fixture(scope="module")
