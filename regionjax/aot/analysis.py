@@ -62,6 +62,7 @@ def _head(program: Program, topology: Topology) -> dict[str, Any]:
   data, found = config.data, versions(chip.platform)
   sizes = {name: int(size) for name, size in program.mesh.shape.items()}
   warning = version_warning(found)
+  rows = data.rows if program.name == "train" else program.tokens
   return {
     "schema": SCHEMA,
     "config": config.name,
@@ -72,8 +73,8 @@ def _head(program: Program, topology: Topology) -> dict[str, Any]:
       "link_bandwidth": chip.link_bandwidth, "network_bandwidth": chip.network_bandwidth,
     },
     "mesh": sizes,
-    "rows": data.rows,
-    "rows_per_chip": data.rows / topology.chips,
+    "rows": rows,
+    "rows_per_chip": rows / topology.chips,
     "row": {
       "tokens": data.tokens_per_row, "images": data.images_per_row, "regions": data.regions_per_row,
     },
@@ -104,7 +105,7 @@ def _work(
   if asked and abs(hardware / asked - 1) > TOLERANCE:
     warnings.append(
       f"the compiled program does {hardware / asked:.3f} x the FLOPs that the traced one asks for: "
-      "some work is done on several chips, or dropped"
+      "some work is done on several chips, dropped, or left to vector units"
     )
   step = seconds.step
   return {

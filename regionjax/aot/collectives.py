@@ -189,7 +189,7 @@ def parameter_of(module: Module, computation: Computation, name: str) -> str:
 _ALIKE = (
   "bitcast", "reshape", "copy", "convert", "transpose", "dynamic-slice", "slice", "copy-start",
   "copy-done", "all-gather", "all-gather-start", "all-gather-done", "opt-barrier", "async-done",
-  "async-update", "reduce-precision",
+  "async-update", "reduce-precision", "slice-start", "slice-done",
 )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def _source(
     return here, i.operands[0], int(i.attribute("index"))
   if i.opcode == "tuple" and index is not None:
     return here, i.operands[index], None
-  if i.opcode in _ALIKE:
+  if i.opcode in _ALIKE or (i.opcode == "custom-call" and '"ConcatBitcast"' in i.attributes):
     return here, i.operands[0], index if i.opcode == "opt-barrier" else None
   if i.opcode in ("fusion", "call", "async-start"):
     inner = module.computations[i.called[0]]

@@ -75,7 +75,10 @@ ENTRY %main (w: f32[64], y: f32[256], z: f32[256], at: s32[]) -> (bf16[256], f32
   %y = f32[256]{0} parameter(1)
   %z = f32[256]{0} parameter(2)
   %at.1 = s32[] parameter(3)
-  %half = bf16[64]{0} convert(%w)
+  %fetch = ((f32[64]{0}), f32[32]{0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:32]}
+  %fetched = f32[32]{0:S(1)} slice-done(%fetch)
+  %joined = f32[64]{0:S(1)} custom-call(%fetched, %fetched), custom_call_target="ConcatBitcast"
+  %half = bf16[64]{0} convert(%joined)
   %start = (bf16[64]{0}, bf16[256]{0}) fusion(%half), kind=kCustom, calls=%begin
   %start.0 = bf16[64]{0} get-tuple-element(%start), index=0
   %start.1 = bf16[256]{0} get-tuple-element(%start), index=1

@@ -73,7 +73,7 @@ def test_progress_reaches_the_end(chat, questions, monkeypatch):
 
 def test_the_command(chat, tmp_path, monkeypatch, capsys):
   """The real engine on a dozen questions; json and chart are written."""
-  monkeypatch.setattr("regionjax.infer.chat.load", lambda path, base=None: chat)
+  monkeypatch.setattr("regionjax.infer.chat.load", lambda path, base=None, mesh=None: chat)
   out, chart = tmp_path / "result.json", tmp_path / "chart.png"
   words = ["-n", "8", "--tasks", "name,count", "--json", str(out), "--chart", str(chart)]
   assert cli.main(["evaluate", *words]) == 0
