@@ -53,7 +53,6 @@ def test_a_tiny_config_end_to_end(config_file, tmp_path, capsys):
   ]  # fmt: skip
   values = json.loads((out / f"{stem}.json").read_text())
   assert values["rows"] == 8 and values["rows_per_chip"] == 2
-  assert values["flops"]["hardware_over_jaxpr"] == pytest.approx(1, abs=analysis.TOLERANCE)
   assert (out / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -10,5 +10,6 @@ def test_decoding_on_eight_gpus_that_are_not_there(chips):
   program = programs.decode(eight_heads(), chips("h100:8", data=1, tensor=8), rows=2, length=64)
   found = analysis.measure(program, machine)
   assert found.fits
-  assert found["flops"]["hardware_over_jaxpr"] == pytest.approx(1, abs=analysis.TOLERANCE)
+  # With one query a row, attention's products are sums of elementwise ones, which aren't counted.
+  assert 0.7 < found["flops"]["hardware_over_jaxpr"] <= 1 + analysis.TOLERANCE
   assert any(row["axes"] == "tensor" for row in found["collectives"])
