@@ -63,7 +63,7 @@ def token_losses(logits_btv: Array, targets_bt: Array) -> Array:
 
 
 PIECES = 8  # of a row: how finely unsupervised tokens are skipped, and the share of logits alive
-Head = Callable[[Any, Array], Array]  # (parameters, x_b1d-like [1, X, D]) -> logits [1, X, V]
+Head = Callable[[Any, Array], Array]  # (parameters, [1, X, D]) -> logits [1, X, V]
 
 
 def head_cross_entropy(
