@@ -12,14 +12,14 @@ of some of its maps, the connector, the region encoder and the small vision enco
 
 Arguments: `base` is a release of the decoder. `vision` is a release whose vision encoder and, as
 far as it fits, region encoder are the start (the model that ships with the package: 58 minutes of
-scenes); `vision=` starts from nothing, which takes several times as long to tell shapes apart.
+scenes); `vision=` starts from nothing (not tried for long).
 `rank` is LoRA's, `minutes` the length of the run, `seed` seeds initialisation and data.
 
 A position of the decoder costs 0.57 GFLOP: 2 FLOPs per weight forward and 2 backward, output layer
-included, 3 x 2 for the updates. Two CPU cores did 150 to 210 a second: a step of 4 rows of 256 took
-5 s, and the hour saw 2,570 scenes and some 23,000 questions. Hence 16 tokens an image (4 x 4
-patches each), no system prompt, and many questions about each image. After it 86 % of names, 91 %
-of attributes and 77 % of captions are right on unseen scenes (tests/release/smollm2_scenes.log).
+included, 3 x 2 for the updates. Two CPU cores did 150 to 220 a second: a step of 4 rows of 256 took
+5 to 6 s, and the hour saw 2,572 scenes with 25,000 regions. Hence 16 tokens an image (4 x 4 patches
+each), no system prompt, and many questions about each image. After it 86 % of names, 91 % of
+attributes and 77 % of captions are right on unseen scenes (tests/release/smollm2_scenes.log).
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       coordinates="unit2", max_vertices=5,
     ),
     data=DataConfig(
-      # Nine questions are 240 tokens on average; those past the row's end are left out.
+      # What a row holds of them is 237 tokens on average; questions past its end are left out.
       sources=(
         SourceConfig(
           "scenes", args={"seed": options.seed, "turns": (9, 11), "answers": "sentence"}

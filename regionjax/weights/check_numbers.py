@@ -2,7 +2,7 @@
 
 An error thus shows in the part that makes it. Beside the oracle's hidden states a block gets this
 program's own, which end in the rows of the whole. Weights are read from the release part by part.
-Errors are max|a - b| / max|b| of a tensor, and of blocks of a token (see `block_error`).
+Errors are max|a - b| / max|b| of a tensor, and of blocks also of a token (see `block_error`).
 
 Axes: b rows, n image tokens, r regions, t tokens, c vision channels, d decoder channels, h w
 pixels, v vocabulary.
@@ -232,20 +232,24 @@ def relative(ours: Any, theirs: Any) -> float:
 
 
 def block_error(ours: Any, theirs: np.ndarray, before: np.ndarray) -> float:
-  """The largest error of a token, max|a - b| by the largest number that goes in or comes out.
+  """The larger of two: the tensor's error, and that of a token by its own largest number.
 
   A trained LLaMA has a token with numbers hundreds of times larger than all others' (SmolLM2 22,500
   against 70). By the tensor's largest, one head rotated wrongly is an error of 2e-4 there, by the
-  token's 0.06; a sound block's is below 2e-6 everywhere.
+  token's 0.06. A block may also take those numbers away, so the token's largest is that of what
+  goes in or comes out.
 
   Args:
     ours: what a block gave, [B, T, D].
     theirs: what the oracle's gave.
     before: what both read.
   """
-  a = np.asarray(ours, np.float32)
+  whole = relative(ours, theirs)
+  if not np.isfinite(whole):
+    return whole
   largest_bt = np.maximum(np.abs(theirs), np.abs(before)).max(axis=-1)
-  return float((np.abs(a - theirs).max(axis=-1) / largest_bt).max())
+  a = np.asarray(ours, np.float32)
+  return max(whole, float((np.abs(a - theirs).max(axis=-1) / largest_bt).max()))
 
 
 # Programs, compiled once for all layers. Weights are arguments: closed over they would be

@@ -20,14 +20,10 @@ ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "runs"
 
 
-def regionjax(*words: str | Path) -> str:
-  """Runs a verb in a process of its own; its output, which is shown as well."""
-  done = subprocess.run(
-    [sys.executable, "-m", "regionjax", *map(str, words)],
-    cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
-  )  # fmt: skip
-  print(f"$ regionjax {' '.join(map(str, words))}\n{done.stdout}", flush=True)
-  return done.stdout
+def regionjax(*words: str | Path) -> None:
+  """Runs a verb in a process of its own."""
+  print(f"$ regionjax {' '.join(map(str, words))}", flush=True)
+  subprocess.run([sys.executable, "-m", "regionjax", *map(str, words)], cwd=ROOT, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,7 @@ def eyes() -> Path:
   (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
   base, workdir, adapter = (RUNS / n for n in ("smollm2", "smollm2-scenes", "smollm2-eyes"))
   if not base.exists():
-    print(regionjax("convert", "--from", "gguf", gguf, "--to", base, "--check"))
+    regionjax("convert", "--from", "gguf", gguf, "--to", base, "--check")
   regionjax("train", f"configs/smollm2_scenes.py:base={base}", "--workdir", workdir)
   if not adapter.exists():
     regionjax("export", workdir, adapter, "--adapter")
