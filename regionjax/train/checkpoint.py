@@ -8,16 +8,12 @@ again at the next save; a checkpoint that cannot be read is reported and an olde
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from regionjax.train.processes import wait_for_all
 from regionjax.train.store import CheckpointError, Store
@@ -52,6 +48,7 @@ class Checkpoints:
       workdir / "checkpoints", keep=keep, keep_every=keep_every, read_only=read_only
     )
     self._best = Store(workdir / "best", keep=1, read_only=read_only)
+    self._best_of: int | None = None  # the step of the last one that was begun
     self._stores = (("checkpoint", self._latest), ("best checkpoint", self._best))
 
   def steps(self) -> list[int]:
@@ -72,6 +69,8 @@ class Checkpoints:
       record: JSON-able; comes back from `restore_latest`.
     """
     self._settle(wait=True, only=self._latest)
+    if self._best_of is not None and self._best_of < step:
+      self._settle(wait=True, only=self._best)  # the record speaks of it: it must come first
     if step not in self._latest.steps():
       self._begin("checkpoint", self._latest, step, state, record)
 
@@ -102,7 +101,20 @@ class Checkpoints:
     self._settle(wait=True, only=self._best)
     for stale in [s for s in self._best.steps() if s >= step]:
       self._best.delete(stale)
+    self._best_of = step
     self._begin("best checkpoint", self._best, step, trainable, record)
+
+  def mend_best(self, best: dict[str, Any] | None, step: int, trainable: Any) -> None:
+    """Writes the best parameters again where a run goes on from their very step and has lost them.
+
+    The two writes of a step go on side by side, and a process can be killed between their ends.
+
+    Args:
+      best: of the ledger.
+      step, trainable: of the state that was restored.
+    """
+    if best is not None and best["step"] == step and step not in self._best.steps():
+      self.save_best(step, trainable, {"loss": best["loss"]})
 
   def poll(self) -> None:
     """Tells, without waiting, of writes that have failed meanwhile."""
@@ -128,13 +140,10 @@ class Checkpoints:
     while left := [step for step in self.steps() if step not in tried]:
       step = left[-1]
       tried.append(step)
-      restored, reason = None, "another process cannot read it"
       try:
-        restored = self._latest.restore(step, like)
-      except Exception as error:  # whatever a broken file makes a reader raise
-        reason = _in_short(error)
-      if _agreed(restored is not None):
-        return restored
+        return self._latest.restore(step, like)
+      except CheckpointError as error:
+        reason = str(error)
       if self._read_only and step not in self.steps():
         continue  # its run has removed it, when a newer one was complete
       older = left[-2] if len(left) > 1 else None
@@ -154,14 +163,10 @@ class Checkpoints:
   def restore_best(self, step: int, like: Any) -> Any | None:
     """Trainable parameters of the best evaluation, at `step`; None, and said, if unreadable."""
     self._settle(wait=True, only=self._best)
-    best, reason = None, "another process cannot read it"
     try:
-      best = self._best.restore(step, like)[0]
-    except Exception as error:
-      reason = _in_short(error)
-    if _agreed(best is not None):
-      return best
-    self._log(f"the best checkpoint (step {step}) cannot be read ({reason}); not used")
+      return self._best.restore(step, like)[0]
+    except CheckpointError as error:
+      self._log(f"the best checkpoint (step {step}) cannot be read ({error}); not used")
     return None
 
   def wait(self) -> None:
@@ -169,16 +174,17 @@ class Checkpoints:
     self._settle(wait=True)
 
   def close(self) -> None:
-    """Waits, and frees the threads."""
-    self.wait()
+    """Waits, and frees the threads. With several processes call `wait` before, in all of them."""
+    if jax.process_count() == 1:
+      self.wait()
     self._latest.close()
     self._best.close()
 
   def _begin(self, name: str, store: Store, step: int, state: Any, record: dict[str, Any]) -> None:
     try:
       store.save(step, state, record)
-    except Exception as error:  # whatever a full or broken disk makes a writer raise
-      self._tell(name, step, error)
+    except CheckpointError as error:
+      self._tell(name, step, str(error))
 
   def _settle(self, *, wait: bool, only: Store | None = None) -> None:
     for name, store in self._stores:
@@ -186,10 +192,8 @@ class Checkpoints:
       if failed is not None:
         self._tell(name, *failed)
 
-  def _tell(self, name: str, step: int, error: Exception) -> None:
-    self._log(
-      f"the {name} of step {step} could not be written ({_in_short(error)}); going on without it"
-    )
+  def _tell(self, name: str, step: int, reason: str) -> None:
+    self._log(f"the {name} of step {step} could not be written ({reason}); going on without it")
 
   def _set_aside_before(self) -> list[int]:
     """Steps of the checkpoints that were found damaged, now or in an earlier call."""
@@ -204,21 +208,6 @@ class Checkpoints:
         shutil.rmtree(target)
       target.parent.mkdir(exist_ok=True)
       shutil.move(self._workdir / "checkpoints" / str(step), target)
-    wait_for_all(f"checkpoint {step} set aside")
+    wait_for_all()
     self._latest.reload()
     return target
-
-
-def _agreed(ok: bool) -> bool:
-  """Whether all processes say so."""
-  if jax.process_count() == 1:
-    return ok
-  return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
-
-
-def _in_short(error: Exception) -> str:
-  """An error in one line: the beginning of what it says, and the system's reason if it has one."""
-  text = " ".join(str(error).split()) or type(error).__name__
-  code = re.search(r"os_error_code='(\d+)'", text)  # TensorStore's way, behind two long paths
-  reason = f"; {os.strerror(int(code[1]))}" if code else ""
-  return (text if len(text) <= 160 else text[:157] + "...") + reason

@@ -21,7 +21,7 @@ from regionjax.train.ledger import Ledger
 from regionjax.train.metrics import read_metrics
 from regionjax.train.optim import make_optimizer
 from regionjax.train.plots import plot_run
-from regionjax.train.processes import to_host
+from regionjax.train.processes import to_host, together
 from regionjax.train.progress import short
 from regionjax.train.start import Run, model_functions
 from regionjax.train.state import (
@@ -57,10 +57,11 @@ def finish(
     run.config, run.tokenizer, run.state, run.ledger, run.checkpoints,
     folder=run.workdir / "release", summary=summary,
   )  # fmt: skip
-  if jax.process_index() == 0:
-    title = f"{run.config.name}: {summary['parameters']['total']:,} parameters"
-    plot_run(read_metrics(run.workdir / "metrics.jsonl"), run.workdir / "curves.png", title=title)
-    write_summary(run.workdir / "summary.json", summary)
+  with together():
+    if jax.process_index() == 0:
+      title = f"{run.config.name}: {summary['parameters']['total']:,} parameters"
+      plot_run(read_metrics(run.workdir / "metrics.jsonl"), run.workdir / "curves.png", title=title)
+      write_summary(run.workdir / "summary.json", summary)
   accuracy = summary["accuracy"]["accuracy"]
   log(
     f"done: {run.ledger.step} steps"
@@ -112,9 +113,11 @@ def export(
   if form == "adapter" and origin is not None:
     frozen = _without(frozen, origin.of_base)
   params = jax.tree.map(to_host, merge(trainable, frozen))
-  if jax.process_index() == 0:
-    card = write_card(config, summary, step=step)
-    _write(form, folder, config, params, tokenizer, card, origin)
+  # The others wait: jax ends all of them when some have left for five minutes.
+  with together():
+    if jax.process_index() == 0:
+      card = write_card(config, summary, step=step)
+      _write(form, folder, config, params, tokenizer, card, origin)
   return folder
 
 

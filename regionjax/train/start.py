@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -20,7 +20,8 @@ from regionjax.train.evals import Evaluator, held_out_batches
 from regionjax.train.initial import Given, given_params, write_origin
 from regionjax.train.ledger import Ledger
 from regionjax.train.optim import SCHEDULES, make_optimizer
-from regionjax.train.processes import wait_for_all
+from regionjax.train.processes import together
+from regionjax.train.same import check_same, check_shared
 from regionjax.train.state import (
   Params,
   TrainState,
@@ -55,15 +56,69 @@ class Run:
   lock: IO[Any] | None  # held as long as the run uses the folder
 
 
+class _Prepared(NamedTuple):
+  """What each process makes for itself, without the others and without writing anything."""
+
+  tokenizer: Any
+  sources: list[Any]
+  reports: list[dict[str, Any]]
+  pipeline: Any
+  forward: Forward
+  optimizer: Any
+  build: Callable[[jax.Array, Params], TrainState]
+  like: TrainState
+  lies: TrainState
+  given: Given
+  evaluator: Evaluator | None
+
+
 def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run:
   """Builds a run, from its newest checkpoint if the folder holds one.
 
   Raises:
-    ConfigError: settings that don't go together, a mesh that can't split the model, or a work
-      folder of another config or in use by another process, in which nothing is changed.
+    ConfigError: settings that don't go together, a mesh that can't split the model, processes that
+      differ, or a work folder of another config or in use by another process, in which nothing is
+      changed.
     CheckpointError: there are checkpoints and none is readable.
     DataError: a source's complaint about its files.
+    ElsewhereError: one of these in another process.
   """
+  with together():
+    made = _prepare(config, workdir, mesh=mesh, log=log)
+  check_same(config, made.sources)
+  with contextlib.ExitStack() as on_failure:
+    with together():
+      lock = workdirs.lock(workdir)
+      if lock is not None:
+        on_failure.callback(lock.close)
+        workdirs.check(workdir, config, log=lambda _: None)  # another may have had it until now
+      workdirs.register(workdir, config)
+    check_shared(workdir)
+    checkpoints = Checkpoints(
+      workdir, keep=config.train.keep, keep_every=config.train.keep_every, log=log
+    )
+    on_failure.callback(checkpoints.close)
+    restored = checkpoints.restore_latest(made.like)
+    if restored is None:
+      if jax.process_index() == 0:
+        write_origin(workdir, config, made.given)
+      key = jax.random.key(config.train.seed)
+      params = _placed(config, made.given.params, mesh)
+      state, ledger = jax.jit(made.build, out_shardings=made.lies)(key, params), Ledger()
+    else:
+      state, record = restored
+      ledger = _resume(record, made.pipeline, made.tokenizer)
+      checkpoints.mend_best(ledger.best, ledger.step, state.trainable)
+      log(f"going on from step {ledger.step} in {workdir}")
+    step = make_train_step(config, made.forward, made.optimizer, mesh, shardings=made.lies)
+    on_failure.pop_all()
+  return Run(
+    config, workdir, mesh, made.tokenizer, made.pipeline, step, made.evaluator, checkpoints, state,
+    ledger, made.reports, lock,
+  )  # fmt: skip
+
+
+def _prepare(config: Config, workdir: Path, *, mesh: Mesh, log: Log) -> _Prepared:
   from regionjax.conversation import Renderer
   from regionjax.data.pipeline import Pipeline
   from regionjax.data.sources import make_source
@@ -95,36 +150,9 @@ def start(config: Config, workdir: Path, *, mesh: Mesh, log: Log = print) -> Run
   evaluator = None
   if config.train.eval_every > 0:
     evaluator = Evaluator(forward, held_out_batches(config, renderer), mesh, shardings=lies)
-
-  wait_for_all("checked")  # before process 0 puts anything into the folder
-  with contextlib.ExitStack() as on_failure:
-    lock = workdirs.lock(workdir)
-    if lock is not None:
-      on_failure.callback(lock.close)
-      workdirs.check(workdir, config, log=lambda _: None)  # another may have had it until now
-    workdirs.register(workdir, config)
-    wait_for_all("registered")
-    checkpoints = Checkpoints(
-      workdir, keep=config.train.keep, keep_every=config.train.keep_every, log=log
-    )
-    on_failure.callback(checkpoints.close)
-    restored = checkpoints.restore_latest(like)
-    if restored is None:
-      if jax.process_index() == 0:
-        write_origin(workdir, config, given)
-      key = jax.random.key(config.train.seed)
-      params = _placed(config, given.params, mesh)
-      state, ledger = jax.jit(build, out_shardings=lies)(key, params), Ledger()
-    else:
-      state, record = restored
-      ledger = _resume(record, pipeline, tokenizer)
-      log(f"going on from step {ledger.step} in {workdir}")
-    step = make_train_step(config, forward, optimizer, mesh, shardings=lies)
-    on_failure.pop_all()
-  return Run(
-    config, workdir, mesh, tokenizer, pipeline, step, evaluator, checkpoints, state, ledger,
-    reports, lock,
-  )  # fmt: skip
+  return _Prepared(
+    tokenizer, sources, reports, pipeline, forward, optimizer, build, like, lies, given, evaluator
+  )
 
 
 def create_state(config: Config, tokenizer: Any, rng: jax.Array) -> TrainState:

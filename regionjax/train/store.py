@@ -7,6 +7,7 @@ whose bytes changed on disk is told from a good one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -17,8 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import options as ocp_options
+
+from regionjax.train.processes import in_short, problems, wait_for_all
 
 
 class CheckpointError(OSError):
@@ -52,6 +56,11 @@ class Store:
   ) -> None:
     self._folder = folder.absolute()
     self._writing: int | None = None
+    several = jax.process_count() > 1
+    if not read_only:
+      if jax.process_index() == 0:
+        self._folder.mkdir(parents=True, exist_ok=True)
+      wait_for_all()
     kept: list[Any] = [policies.LatestN(keep)]
     if keep_every > 0:
       kept.append(policies.EveryNSteps(keep_every))
@@ -59,12 +68,15 @@ class Store:
       preservation_policy=policies.AnyPreservationPolicy(kept),
       enable_async_checkpointing=True,
       cleanup_tmp_directories=not read_only,
-      create=not read_only,
+      create=False,
       read_only=read_only,
       save_interval_steps=0 if read_only else 1,
       # Two stores of a run write at the same time: their barriers must not be taken for each other.
+      # Where the processes are named, barriers don't use the devices: one that an error keeps a
+      # process from is over after some minutes, with an error, and not the end of the run.
       multiprocessing_options=ocp_options.MultiprocessingOptions(
-        barrier_sync_key_prefix=folder.name
+        barrier_sync_key_prefix=folder.name,
+        active_processes=set(range(jax.process_count())) if several else None,
       ),
     )
     self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -79,50 +91,80 @@ class Store:
     Call `settle` before: what went wrong with the write before would be raised here.
 
     Raises:
-      Exception: whatever the file system made a writer raise; nothing of this step is left.
+      CheckpointError: some process could not begin; nothing of this step is left.
     """
     record = json.loads(json.dumps(record))  # as it will be read
     record |= {"checksum": int(checksum(state)), "record_checksum": _crc(record)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+    reason = ""
     try:
       self._manager.save(step, args=args, force=True)
-    except Exception:
-      self._forget(step)
-      raise
-    self._writing = step
+    except Exception as error:  # whatever a full or broken disk makes a writer raise
+      reason = in_short(error)
+    told = problems(reason)
+    if not told:
+      self._writing = step
+      return
+    if not reason:
+      with contextlib.suppress(Exception):  # begun here, it cannot end well
+        self._manager.wait_until_finished()
+    self._forget(step)
+    raise CheckpointError(told)
 
-  def settle(self, *, wait: bool) -> tuple[int, Exception] | None:
+  def settle(self, *, wait: bool) -> tuple[int, str] | None:
     """Takes note of a write that is over, or with `wait` waits until it is.
+
+    With several processes only where all of them wait: one is over when it is for all.
 
     Returns:
       None, or the step that could not be written and why; nothing of it is left.
     """
-    if self._writing is None or not (wait or not self._manager.is_saving_in_progress()):
+    ready = jax.process_count() == 1 and not self._manager.is_saving_in_progress()
+    if self._writing is None or not (wait or ready):
       return None
     step, self._writing = self._writing, None
+    reason = ""
     try:
       self._manager.wait_until_finished()
     except Exception as error:
+      reason = in_short(error)
+    if told := problems(reason):
       self._forget(step)
-      return step, error
+      return step, told
     return None
 
   def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
     """The arrays, shaped and placed like `like`, and the record.
 
     Raises:
-      Exception: whatever a broken file makes a reader raise; CheckpointError if it reads well but
-        isn't what was written.
+      CheckpointError: some process cannot read it, or it isn't what was written.
     """
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
-    restored = self._manager.restore(step, args=args)
-    state, record = restored["state"], dict(restored["record"])
+    state, record, reason = None, {}, ""
+    try:
+      state, record = self._read(step, like)
+    except Exception as error:  # whatever a broken file makes a reader raise
+      reason = in_short(error)
+    if told := problems(reason):
+      raise CheckpointError(told)
     pairs = [(record.pop("checksum", None), int(checksum(state)))]
     pairs.append((record.pop("record_checksum", _crc(record)), _crc(record)))  # once had none
-    for expected, found in pairs:
-      if found != expected:
-        raise CheckpointError(f"its checksum is {found}, {expected} was written")
+    wrong = [
+      f"its checksum is {found}, {said} was written" for said, found in pairs if found != said
+    ]
+    if told := problems(wrong[0] if wrong else ""):
+      raise CheckpointError(told)
     return state, record
+
+  def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Without the manager, in which all processes wait for each other once they have read."""
+    folder = epath.Path(self._folder / str(step))
+    close = contextlib.closing
+    with (
+      close(ocp.StandardCheckpointHandler()) as arrays,
+      close(ocp.JsonCheckpointHandler()) as records,
+    ):
+      state = arrays.restore(folder / "state", args=ocp.args.StandardRestore(like))
+      return state, dict(records.restore(folder / "record", args=ocp.args.JsonRestore()))
 
   def delete(self, step: int) -> None:
     """Deletes a checkpoint."""
@@ -133,8 +175,12 @@ class Store:
     self._manager.reload()
 
   def close(self) -> None:
-    """Waits, and frees the threads."""
-    self.settle(wait=True)
+    """Waits for this process's part of a write, and frees the threads.
+
+    What came of it `settle` says, not this: a process that ends by an error closes alone.
+    """
+    with contextlib.suppress(Exception):
+      self._manager.wait_until_finished()
     self._manager.close()
 
   def _forget(self, step: int) -> None:
@@ -146,6 +192,7 @@ class Store:
     if jax.process_index() == 0:
       for left in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
         shutil.rmtree(left, ignore_errors=True)
+    wait_for_all()
     self._manager.reload()
 
 
