@@ -1,16 +1,19 @@
-"""One process of a training run over several; `start` runs all of them on one machine.
+"""One process of training runs over several; `start` runs all of them on one machine.
 
-  python process_worker.py JOB.pickle INDEX
+  python process_worker.py JOBS.pickle INDEX
 
-They share eight CPU devices (or as many as the job says), through jax.distributed also where there
+They share eight CPU devices (or as many as the jobs say), through jax.distributed also where there
 is only one of them: the order in which a CPU adds up what its devices hold belongs to the transport
-between them, which is another one without it.
+between them, which is another one without it. Starting them takes longer than a short run, so they
+do several, one after the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -18,8 +21,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -31,17 +36,22 @@ class Job:
   """A run; `config` is a regionjax Config.
 
   Attributes:
-    processes, devices: in all; each process has its share of the devices.
     stop: (process, step): that one is sent SIGTERM when it takes this step.
+    die: (process, step): that one is killed when it takes this step.
     idle_clocks: the clocks of all processes but the first stand still.
+    others: process -> what is another there: the config or the work folder.
+    unreadable: process -> the step whose checkpoint it cannot read.
+    full: this process's disk is full until it takes its last step.
   """
 
   config: Any
   workdir: Path
-  processes: int
-  devices: int = 8
   stop: tuple[int, int] | None = None
+  die: tuple[int, int] | None = None
   idle_clocks: bool = False
+  others: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  unreadable: Mapping[int, int] = dataclasses.field(default_factory=dict)
+  full: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,101 +59,153 @@ class Result:
   """How a run went.
 
   Attributes:
+    errors: of each process, or None.
     steps: at which each process ended.
     finished: whether each thinks that the run is over.
     losses: by step, as logged.
     rows: {step: {row of the global batch: digest}}.
+    text: what process 0 said.
+    summaries: whether each saw the run's summary when it came back.
   """
 
+  errors: list[str | None]
   steps: list[int]
   finished: list[bool]
   losses: dict[int, float]
   rows: dict[int, dict[int, str]]
+  text: str
+  summaries: list[bool]
 
 
-def start(job: Job, scratch: Path, *, timeout: float = 600) -> Result:
-  """Runs a job in processes of its own.
+def start(
+  jobs: Sequence[Job], processes: int, scratch: Path, *, devices: int = 8, timeout: float = 600
+) -> list[Result]:
+  """Runs jobs one after the other in new processes, each of which has its share of the devices.
 
   Raises:
-    RuntimeError: one of them failed; with the end of its stderr.
+    RuntimeError: a process has failed, other than by an error of a run; with the end of its stderr.
   """
   scratch.mkdir(parents=True)
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  path = scratch / "job.pickle"
-  path.write_bytes(pickle.dumps((job, address)))
+  path = scratch / "jobs.pickle"
+  path.write_bytes(pickle.dumps((jobs, address, processes, devices)))
   paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-  share = job.devices // job.processes
   env = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={share}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
     "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(scratch / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "PYTHONPATH": paths,
   }
   running = []
   try:
-    for index in range(job.processes):
-      err = (scratch / f"{index}.stderr").open("w")
-      words = [sys.executable, __file__, str(path), str(index)]
-      running.append(subprocess.Popen(words, env=env, stdout=err, stderr=err))
+    for index in range(processes):
+      with (scratch / f"{index}.stderr").open("w") as err:
+        words = [sys.executable, __file__, str(path), str(index)]
+        running.append(subprocess.Popen(words, env=env, stdout=err, stderr=err))
     codes = [process.wait(timeout) for process in running]
   finally:
     for process in running:
       process.kill()
   if any(codes):
     index = next(i for i, code in enumerate(codes) if code)
-    raise RuntimeError((scratch / f"{index}.stderr").read_text()[-4000:])
-  told = [json.loads((scratch / f"{index}.json").read_text()) for index in range(job.processes)]
+    raise RuntimeError(f"{codes}: " + (scratch / f"{index}.stderr").read_text()[-4000:])
+  told = [json.loads((scratch / f"{index}.json").read_text()) for index in range(processes)]
+  return [_result(job, list(each)) for job, each in zip(jobs, zip(*told))]
+
+
+def _result(job: Job, told: list[dict[str, Any]]) -> Result:
   rows: dict[int, dict[int, str]] = {}
   for one in told:
     for step, digests in one["rows"].items():
       for row, digest in digests.items():
         known = rows.setdefault(int(step), {}).setdefault(int(row), digest)
         assert known == digest, f"processes differ in row {row} of step {step}"
-  metrics = (job.workdir / "metrics.jsonl").read_text().splitlines()
-  train = [row for row in map(json.loads, metrics) if row["kind"] == "train"]
+  metrics = job.workdir / "metrics.jsonl"
+  lines = metrics.read_text().splitlines() if metrics.is_file() else []
+  train = [row for row in map(json.loads, lines) if row["kind"] == "train"]
   return Result(
-    steps=[one["step"] for one in told],
-    finished=[one["finished"] for one in told],
     losses={row["step"]: row["loss"] for row in train},
     rows=rows,
+    text=told[0]["text"],
+    errors=[one["error"] for one in told],
+    steps=[one["step"] for one in told],
+    finished=[one["finished"] for one in told],
+    summaries=[one["summary"] for one in told],
   )
 
 
-def work(job: Job, address: str, index: int) -> dict[str, Any]:
+def work(job: Job, index: int) -> dict[str, Any]:
   """Takes part in a job as its process number `index`."""
-  from regionjax.distributed import connect
+  from train_cases import full_disk
 
-  connect(f"{address},{job.processes},{index}")
-  import jax
+  from regionjax.mesh import own_rows
+  from regionjax.train import loop, processes, progress, same, store
 
-  from regionjax.mesh import own_rows, put_batch
-  from regionjax.train import loop, progress
-
-  jax.config.update("jax_default_matmul_precision", "highest")
-  assert jax.process_count() == job.processes and jax.device_count() == job.devices
   rows: dict[int, dict[int, str]] = {}
-  first = _steps_before(job.workdir)
+  now = [0]
+  changed = {"config": job.config, "workdir": job.workdir} | dict(job.others.get(index, {}))
+  shown = progress.Progress(io.StringIO()) if index == 0 else progress.Silent(io.StringIO())
+  told: dict[str, Any] = {"error": None, "step": -1, "finished": False}
+  take, put, read = loop._Loop._step, loop.put_batch, store.Store._read
+  disk = contextlib.ExitStack()
+
+  def step(self: Any) -> None:
+    now[0] = self._run.ledger.step + 1
+    if now[0] == job.config.train.steps:
+      disk.close()
+    take(self)
 
   def watched(batch: Any, mesh: Any) -> Any:
-    step = first + len(rows) + 1
-    if (index, step) == job.stop:
+    if (index, now[0]) == job.die:
+      os.kill(os.getpid(), signal.SIGKILL)
+    if (index, now[0]) == job.stop:
       signal.raise_signal(signal.SIGTERM)
     mine = own_rows(mesh, job.config.data.rows)
-    rows[step] = {row: _digest(batch, at) for at, row in enumerate(mine)}
-    return put_batch(batch, mesh)
+    rows[now[0]] = {row: _digest(batch, at) for at, row in enumerate(mine)}
+    return put(batch, mesh)
 
-  loop.put_batch = watched
-  loop.peak_flops = lambda devices: None
-  if job.idle_clocks and index:
-    progress.Clock.elapsed = property(lambda self: 0.0)
-  outcome = loop.train(job.config, job.workdir)
-  return {"step": outcome.step, "finished": outcome.finished, "rows": rows}
+  def reads(self: Any, step: int, like: Any) -> Any:
+    if job.unreadable.get(index) == step:
+      raise OSError(f"no permission for step {step}")
+    return read(self, step, like)
+
+  with contextlib.ExitStack() as patches, disk:
+    for owner, name, value in (
+      (loop._Loop, "_step", step), (loop, "put_batch", watched),
+      (loop, "peak_flops", lambda devices: None), (store.Store, "_read", reads),
+      (store, "WRITE_SECONDS", 8), (same, "SEEN_SECONDS", 1.0),
+      (processes, "PIECE_BYTES", 1),
+    ):  # fmt: skip
+      patches.enter_context(mock.patch.object(owner, name, value))
+    if job.idle_clocks and index:
+      idle = property(lambda self: 0.0)
+      patches.enter_context(mock.patch.object(progress.Clock, "elapsed", idle))
+    if job.full == index:
+      disk.enter_context(full_disk())
+    try:
+      outcome = loop.train(changed["config"], changed["workdir"], progress=shown)
+      told |= {"step": outcome.step, "finished": outcome.finished}
+    except (ValueError, OSError) as error:
+      told["error"] = f"{type(error).__name__}: {error}"
+  summary = (job.workdir / "summary.json").is_file()
+  return told | {"rows": rows, "text": shown._stream.getvalue(), "summary": summary}
 
 
-def _steps_before(workdir: Path) -> int:
-  steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
-  return max(steps, default=0)
+def main(path: Path, index: int) -> None:
+  """Does the jobs of a file as process number `index`."""
+  from regionjax.distributed import connect
+
+  jobs, address, processes, devices = pickle.loads(path.read_bytes())
+  connect(f"{address},{processes},{index}")
+  import jax
+
+  jax.config.update("jax_default_matmul_precision", "highest")
+  assert jax.process_count() == processes and jax.device_count() == devices
+  results = [work(job, index) for job in jobs]
+  (path.parent / f"{index}.json").write_text(json.dumps(results))
 
 
 def _digest(batch: Any, row: int) -> str:
@@ -157,7 +219,4 @@ if __name__ == "__main__":
   from absl import flags
 
   flags.FLAGS.mark_as_parsed()
-  path, index = Path(sys.argv[1]), int(sys.argv[2])
-  job, address = pickle.loads(path.read_bytes())
-  result = work(job, address, index)
-  (path.parent / f"{index}.json").write_text(json.dumps(result))
+  main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -19,6 +19,11 @@ from regionjax.train.processes import wait_for_all
 from regionjax.train.store import CheckpointError, Store
 
 DAMAGED = "damaged"  # folder of a run's unreadable checkpoints
+# Signs that a checkpoint which cannot be read may still be a good one.
+NOT_ITS_FAULT = (
+  "RESOURCE_EXHAUSTED", "MemoryError", "ermission denied", "PERMISSION_DENIED",
+  "Too many open files",
+)  # fmt: skip
 
 
 class Checkpoints:
@@ -134,7 +139,8 @@ class Checkpoints:
 
     Raises:
       CheckpointError: there are checkpoints, and all are damaged; again in each later call, until
-        one is put back or `damaged/` is deleted.
+        one is put back or `damaged/` is deleted. Or one could not be read for another reason, such
+        as too little memory: it stays where it is.
     """
     tried: list[int] = []
     while left := [step for step in self.steps() if step not in tried]:
@@ -144,6 +150,11 @@ class Checkpoints:
         return self._latest.restore(step, like)
       except CheckpointError as error:
         reason = str(error)
+      if any(word in reason for word in NOT_ITS_FAULT):
+        raise CheckpointError(
+          f"checkpoint of step {step} could not be read and is left where it is ({reason}); where "
+          "memory is short, spread the run over more devices or another train.mesh"
+        )
       if self._read_only and step not in self.steps():
         continue  # its run has removed it, when a newer one was complete
       older = left[-2] if len(left) > 1 else None

@@ -9,6 +9,7 @@ alone would leave the others waiting for it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -89,21 +90,20 @@ def train(
   if progress is None:
     progress = Progress() if jax.process_index() == 0 else Silent()
   mesh = from_config(config.train.mesh) if mesh is None else mesh
-  with Goodput() as goodput:
+  with Goodput() as goodput, contextlib.ExitStack() as at_end:
     run = start(config, Path(workdir), mesh=mesh, log=progress.message)
+    at_end.callback(run.close)
     loop = _Loop(run, progress, begun, goodput=goodput, profile=profile)
-    try:
-      stop = loop.run()
-      progress.close()
-      if not loop.done:
-        again = f"; to go on:\n  {command}" if command else ""
-        progress.message(f"stopped at step {run.ledger.step}, saved{again}")
-        return Outcome(False, run.ledger.step, stop.exit_code)
-      summary = finish(run, peak=loop.peak, command=command, log=progress.message)
-      return Outcome(True, run.ledger.step, 0, summary)
-    finally:
-      progress.close()
-      loop.close()
+    at_end.callback(loop.close)
+    at_end.callback(progress.close)
+    stop = loop.run()
+    progress.close()
+    if not loop.done:
+      again = f"; to go on:\n  {command}" if command else ""
+      progress.message(f"stopped at step {run.ledger.step}, saved{again}")
+      return Outcome(False, run.ledger.step, stop.exit_code)
+    summary = finish(run, peak=loop.peak, command=command, log=progress.message)
+    return Outcome(True, run.ledger.step, 0, summary)
 
 
 class _Loop:
@@ -158,11 +158,8 @@ class _Loop:
     return stop
 
   def close(self) -> None:
+    self._profiler.drop()
     self._writer.close()
-    self._run.pipeline.close()
-    self._run.checkpoints.close()
-    if self._run.lock is not None:
-      self._run.lock.close()
 
   def _goes_on(self, stop: StopRequest) -> bool:
     """Whether there is another step; the same in every process."""

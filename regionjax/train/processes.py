@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 # Process 0 may take its time (a first compilation, an evaluation); when it dies jax ends the rest.
 PATIENCE_MS = 2 * 60 * 60 * 1000
+PIECE_BYTES = 1 << 28  # of an array that `to_host` gathers at once, or one index of its first axis
 NAMED = 3  # processes of which a message tells what is wrong; there may be hundreds
 KEPT = 8  # decisions that stay readable; no process falls two steps behind another
 
@@ -89,14 +90,12 @@ def wait_for_all() -> None:
   gather("")
 
 
-def to_host(array: jax.Array, *, piece_bytes: int = 1 << 28) -> np.ndarray | None:
+def to_host(array: jax.Array) -> np.ndarray | None:
   """The whole array in the memory of process 0; None in the others. All must call it.
 
   What lies on the devices of several processes is gathered on every device, a few of its layers
-  (of the first axis, if that isn't split) at a time: beside a run's state there is no room for all.
-
-  Args:
-    piece_bytes: at most so much is gathered at once, but at least one index of the first axis.
+  (of the first axis, if that isn't split) at a time: beside a run's state there may be no room for
+  all of them.
   """
   first = jax.process_index() == 0
   if array.is_fully_addressable or array.is_fully_replicated:
@@ -104,7 +103,7 @@ def to_host(array: jax.Array, *, piece_bytes: int = 1 << 28) -> np.ndarray | Non
   whole = np.empty(array.shape, array.dtype) if first else None
   count = len(array)
   if array.sharding.shard_shape(array.shape)[0] == count:
-    count = max(1, piece_bytes * count // max(1, array.nbytes))
+    count = max(1, PIECE_BYTES * count // max(1, array.nbytes))
   same = NamedSharding(array.sharding.mesh, PartitionSpec())
   cut = jax.jit(_cut, static_argnames="size", out_shardings=same)
   for start in range(0, len(array), count):

@@ -81,5 +81,11 @@ class Profiler:
       first, last = self._steps
       self._log(f"--profile {first}:{last}: none of these steps came; the run is at step {step}")
 
+  def drop(self) -> None:
+    """Ends a trace that an error has cut off: the process may train again, and trace."""
+    if self._from is not None:
+      jax.profiler.stop_trace()
+      self._from = None
+
   def _covers(self, step: int) -> bool:
     return self._steps is not None and self._steps[0] <= step <= self._steps[1]

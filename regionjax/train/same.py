@@ -50,7 +50,7 @@ def check_same(config: Config, sources: Sequence[Any]) -> None:
   )
 
 
-def check_shared(workdir: Path, *, patience: float = SEEN_SECONDS) -> None:
+def check_shared(workdir: Path) -> None:
   """Raises unless all processes see process 0's work folder; all must call it, it with the lock.
 
   Raises:
@@ -65,7 +65,7 @@ def check_shared(workdir: Path, *, patience: float = SEEN_SECONDS) -> None:
       path.write_text(f"{time.time_ns()}\n")  # what is left of another run says something else
   told = gather(path.read_text() if first else "")[0]
   with together():
-    end = time.monotonic() + patience
+    end = time.monotonic() + SEEN_SECONDS
     while not (path.is_file() and path.read_text() == told):
       if time.monotonic() > end:
         raise ConfigError(

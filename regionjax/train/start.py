@@ -55,6 +55,13 @@ class Run:
   reports: list[dict[str, Any]]  # of the sources that have something to report
   lock: IO[Any] | None  # held as long as the run uses the folder
 
+  def close(self) -> None:
+    """Ends its threads, when what is being written has been, and frees the folder."""
+    self.pipeline.close()
+    self.checkpoints.close()
+    if self.lock is not None:
+      self.lock.close()
+
 
 class _Prepared(NamedTuple):
   """What each process makes for itself, without the others and without writing anything."""

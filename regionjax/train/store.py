@@ -24,6 +24,9 @@ from orbax.checkpoint import options as ocp_options
 
 from regionjax.train.processes import in_short, problems, wait_for_all
 
+# A write that takes longer has failed; so has one that another process has failed in.
+WRITE_SECONDS = 1200
+
 
 class CheckpointError(OSError):
   """A checkpoint, or all of a run's checkpoints, cannot be read or written."""
@@ -71,6 +74,7 @@ class Store:
       create=False,
       read_only=read_only,
       save_interval_steps=0 if read_only else 1,
+      async_options=ocp_options.AsyncOptions(timeout_secs=WRITE_SECONDS),
       # Two stores of a run write at the same time: their barriers must not be taken for each other.
       # Where the processes are named, barriers don't use the devices: one that an error keeps a
       # process from is over after some minutes, with an error, and not the end of the run.

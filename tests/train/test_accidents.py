@@ -24,7 +24,10 @@ from regionjax.data.errors import DataError
 from regionjax.train import loop
 from regionjax.train import workdir as workdirs
 from regionjax.train.checkpoint import CheckpointError
+from regionjax.train.evals import Evaluation, Evaluator
 from regionjax.train.signals import StopRequest
+from regionjax.train.state import flatten_paths
+from regionjax.weights import release
 
 pytestmark = [
   pytest.mark.usefixtures("compile_once", "no_matmul_timing"),
@@ -59,11 +62,29 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(micro, tmp_path, m
 
   monkeypatch.setattr(loop, "put_batch", poisoned)
   with pytest.raises(loop.DivergedError, match=r"step 3: .*nan.* The checkpoint of step 2 is kept"):
-    run(config, tmp_path)
+    run(config, tmp_path, profile=(2, 9))
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
   monkeypatch.setattr(loop, "put_batch", real)
-  stopped = run(config, tmp_path, Watched(stop_at=4, number=signal.SIGTERM))
+  reports = Watched(stop_at=4, number=signal.SIGTERM)
+  stopped = run(config, tmp_path, reports, profile=(3, 3))
+  assert "profile of steps 3 to 3" in reports.text.getvalue(), "the other trace has been ended"
   assert stopped.exit_code == 0 and not stopped.finished and stopped.step >= 4
+
+
+def test_the_best_parameters_outlive_a_kill_between_two_writes(runs, tmp_path, monkeypatch):
+  """The checkpoint of step 6, which says that they are its own, was complete, they were not."""
+  workdir = shutil.copytree(runs["folder"] / "straight", tmp_path / "run")
+  shutil.rmtree(workdir / "checkpoints" / "12")
+  shutil.rmtree(workdir / "best")
+  worse = Evaluation(loss=99.0, cells={})
+  monkeypatch.setattr(Evaluator, "__call__", lambda self, *_: worse)
+  reports = Watched()
+  assert run(runs["config"], workdir, reports).finished
+  assert "going on from step 6" in reports.text.getvalue()
+  arrays, _ = checkpoint(workdir, 6)
+  for path, leaf in flatten_paths(release.load(workdir / "release")[1]).items():
+    key = "['trainable']" + "".join(f"['{part}']" for part in path.split("/"))
+    np.testing.assert_array_equal(leaf, arrays[key].astype(leaf.dtype), err_msg=path)
 
 
 def test_bad_data_in_the_middle_loses_nothing(micro, tmp_path, monkeypatch):

@@ -190,6 +190,21 @@ def test_changed_numbers_are_noticed(folder, like, messages, monkeypatch):
   assert "its checksum is" in messages[0]
 
 
+@pytest.mark.parametrize(
+  "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 of 2 GB"),
+            PermissionError(13, "Permission denied", "state")],
+)  # fmt: skip
+def test_what_is_no_damage_moves_nothing(error, folder, like, messages, monkeypatch):
+  def fails(*_):
+    raise error
+
+  monkeypatch.setattr(store.Store, "_read", fails)
+  with pytest.raises(CheckpointError, match="step 3 could not be read and is left where it is"):
+    reopen(folder, messages).restore_latest(like)
+  assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["2", "3"]
+  assert messages == []
+
+
 def test_all_damaged_is_an_error(folder, like, messages):
   for step in ("2", "3"):
     (folder / "checkpoints" / step / "record" / "metadata").unlink()

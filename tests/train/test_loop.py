@@ -280,8 +280,7 @@ def test_training_in_stages(micro, tmp_path):
   assert not begun.state.frozen
   for path, leaf in flatten_paths(begun.state.trainable).items():
     np.testing.assert_array_equal(leaf, given[path].astype(np.float32), err_msg=path)
-  begun.checkpoints.close()
-  begun.lock.close()
+  begun.close()
   assert run(config, tmp_path / "two").finished
   saved = by_place(checkpoint(tmp_path / "two", 12)[0])
   for part in ("vision", "connector", "regions", "decoder"):

@@ -1,4 +1,4 @@
-"""One run over several processes: the same batches, the same bits, one end."""
+"""One run over several processes: the same batches, the same bits, one end, and one message."""
 
 import dataclasses
 import shutil
@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from process_worker import Job, start
+from train_cases import with_train
 
 from regionjax.config import MeshConfig
 
@@ -16,35 +17,53 @@ def config(micro):
   model = dataclasses.replace(
     micro.model,
     vision=dataclasses.replace(micro.model.vision, heads=2),
-    decoder=dataclasses.replace(micro.model.decoder, heads=4, kv_heads=4, head_dim=8),
+    decoder=dataclasses.replace(micro.model.decoder, layers=2, heads=4, kv_heads=4, head_dim=8),
   )
   train = dataclasses.replace(
-    micro.train, steps=4, warmup_steps=1, eval_every=0, save_every=0, log_every=1,
+    micro.train, steps=4, warmup_steps=1, eval_every=0, save_every=1, keep=4, log_every=1,
     mesh=MeshConfig(data=2, fsdp=2, tensor=2),
   )  # fmt: skip
   data = dataclasses.replace(micro.data, rows=8)
   return dataclasses.replace(micro, model=model, train=train, data=data)
 
 
-def with_train(config, **kw):
-  return dataclasses.replace(config, train=dataclasses.replace(config.train, **kw))
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """(config, processes, ...) -> (Result, workdir)."""
 
-  def go(config, processes, *, workdir=None, **kw):
+  def go(config, processes, *, workdir=None, devices=8, **kw):
     scratch = tmp_path_factory.mktemp(f"of{processes}")
-    workdir = workdir or scratch / "run"
-    return start(Job(config, workdir, processes, **kw), scratch / "processes"), workdir
+    job = Job(config, workdir or scratch / "run", **kw)
+    (result,) = start([job], processes, scratch / "processes", devices=devices)
+    assert result.errors == [None] * processes
+    return result, job.workdir
 
   return go
 
 
 @pytest.fixture(scope="module")
-def alone(run, config):
-  return run(config, 1)[0]
+def alone_run(run, config):
+  return run(config, 1)
+
+
+@pytest.fixture(scope="module")
+def alone(alone_run):
+  return alone_run[0]
+
+
+@pytest.fixture(scope="module")
+def two(config, tmp_path_factory):
+  """What two processes made of one task after the other, by name, and the folder of the last."""
+  folder = tmp_path_factory.mktemp("two")
+  other = with_train(config, learning_rate=0.5, seed=7)
+  jobs = {
+    "another config": Job(config, folder / "a", others={1: {"config": other}}),
+    "another folder": Job(config, folder / "b", others={1: {"workdir": folder / "c"}}),
+    "stopped": Job(config, folder / "run", stop=(1, 2)),
+    "resumed": Job(config, folder / "run", unreadable={1: 2}, full=1),
+  }
+  results = start(list(jobs.values()), 2, folder / "processes")
+  return dict(zip(jobs, results)), folder
 
 
 def check_same(result, wanted):
@@ -53,11 +72,66 @@ def check_same(result, wanted):
   assert result.losses == wanted.losses and len(wanted.losses) == 4
 
 
-def test_two_processes_do_what_one_does(alone, run, config):
-  result, workdir = run(config, 2)
-  check_same(result, alone)
-  assert result.finished == [True, True]
-  assert (workdir / "release" / "model.safetensors").is_file()
+def test_a_sigterm_to_one_process_stops_and_saves_all(two):
+  stopped = two[0]["stopped"]
+  assert stopped.errors == [None, None] and stopped.finished == [False, False]
+  assert stopped.steps[0] == stopped.steps[1] and 2 <= stopped.steps[0] < 4
+  assert f"stopped at step {stopped.steps[0]}, saved" in stopped.text
+
+
+def test_two_processes_do_what_one_does(alone_run, two):
+  """Although they were stopped, and the second one then could not read a checkpoint, nor write."""
+  (alone, straight), (results, folder) = alone_run, two
+  before, after = results["stopped"], results["resumed"]
+  assert after.errors == [None, None] and after.finished == [True, True]
+  for step in before.rows.keys() & after.rows.keys():
+    assert before.rows[step] == after.rows[step]
+  check_same(dataclasses.replace(after, rows=before.rows | after.rows), alone)
+  weights = [path / "release" / "model.safetensors" for path in (straight, folder / "run")]
+  assert weights[0].read_bytes() == weights[1].read_bytes()
+  assert after.summaries == [True, True], "nobody leaves before process 0 has written everything"
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_used_by_none(two):
+  results, folder = two
+  text = results["resumed"].text
+  assert "checkpoint of step 2 is damaged (process 1: no permission for step 2); moved to" in text
+  assert "using step 1" in text and "going on from step 1" in text
+  assert (folder / "run" / "damaged" / "2").is_dir()
+
+
+def test_a_checkpoint_that_one_process_cannot_write_is_counted_by_none(two):
+  results, folder = two
+  text = results["resumed"].text
+  assert "the checkpoint of step 2 could not be written (process " in text
+  assert "process 1: " in text and "File too large" in text
+  left = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+  assert left == ["1", "4"]
+
+
+def test_processes_of_different_configs_all_refuse(two):
+  results, folder = two
+  for error in results["another config"].errors:
+    assert error.startswith("ConfigError: the processes of this run differ:")
+    assert "train.learning_rate: 0.001 in process 0, 0.5 in process 1" in error
+    assert "train.seed: 0 in process 0, 7 in process 1" in error
+  assert not (folder / "a").exists()
+
+
+def test_a_folder_that_only_one_process_has_is_refused_by_all(two):
+  first, second = two[0]["another folder"].errors
+  assert second.startswith("ConfigError: --workdir ") and "name one that all hosts share" in second
+  assert first.startswith("ElsewhereError: process 1: --workdir ")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_others_along(alone, run, config, tmp_path):
+  """None waits for it forever, and what they had saved is where the run goes on."""
+  with pytest.raises(RuntimeError, match=r"\[(1|-\d+), -9\]"):
+    run(config, 2, workdir=tmp_path / "run", die=(1, 3))
+  after, _ = run(config, 2, workdir=tmp_path / "run")
+  assert after.finished == [True, True] and min(after.rows) > 1
+  assert after.losses == alone.losses
 
 
 @pytest.mark.slow
