@@ -26,6 +26,13 @@ from regionjax.config import (
 
 IMAGE_SLOT, REGION_SLOT, VOCABULARY = 5, 6, 203
 SHAPES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2))
+# On a busy machine the threads of eight devices may come late; XLA ends a process after 40 s. The
+# programs run for milliseconds: what makes them fast costs time for nothing.
+XLA_FLAGS = (
+  "--xla_force_host_platform_device_count=8 "
+  "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 COLLECTIVES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -333,7 +340,7 @@ def run_on_eight(name: str, *args):
     [sys.executable, __file__],
     input=pickle.dumps((name, args)),
     env=os.environ | {
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu",
       "PYTHONPATH": path,
     },
     capture_output=True,
