@@ -269,7 +269,7 @@ def test_the_command_line_takes_a_base(folder, base, monkeypatch, tmp_path):
   Image.new("RGB", (32, 32)).save(picture)
   asked = []
 
-  def load(checkpoint, *, base=None):
+  def load(checkpoint, *, base=None, mesh=None):
     asked.append((checkpoint, base))
     raise ReleaseError("seen")
 
