@@ -8,6 +8,7 @@ again at the next save; a checkpoint that cannot be read is reported and an olde
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import jax
 
-from regionjax.train.processes import wait_for_all
+from regionjax.train.processes import gather, wait_for_all
 from regionjax.train.store import CheckpointError, Store
 
 DAMAGED = "damaged"  # folder of a run's unreadable checkpoints
@@ -118,7 +119,9 @@ class Checkpoints:
       best: of the ledger.
       step, trainable: of the state that was restored.
     """
-    if best is not None and best["step"] == step and step not in self._best.steps():
+    if best is None or best["step"] != step:
+      return
+    if step not in _as_first(self._best.steps()):
       self.save_best(step, trainable, {"loss": best["loss"]})
 
   def poll(self) -> None:
@@ -143,7 +146,7 @@ class Checkpoints:
         as too little memory: it stays where it is.
     """
     tried: list[int] = []
-    while left := [step for step in self.steps() if step not in tried]:
+    while left := [step for step in _as_first(self.steps()) if step not in tried]:
       step = left[-1]
       tried.append(step)
       try:
@@ -161,7 +164,7 @@ class Checkpoints:
       moved = "" if self._read_only else f"; moved to {self._set_aside(step)}"
       use = f"using step {older}" if older is not None else "and there is no older one"
       self._log(f"checkpoint of step {step} is damaged ({reason}){moved}; {use}")
-    lost = self._set_aside_before()
+    lost = _as_first(self._set_aside_before())
     if tried or lost:
       raise CheckpointError(
         f"no checkpoint under {self._workdir} can be read (damaged: steps "
@@ -222,3 +225,9 @@ class Checkpoints:
     wait_for_all()
     self._latest.reload()
     return target
+
+
+def _as_first(steps: list[int]) -> list[int]:
+  """What process 0 sees; all must ask. A network file system may show the others an older folder,
+  and what each does next must be the same."""
+  return json.loads(gather(json.dumps(steps))[0])
