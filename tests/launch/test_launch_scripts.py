@@ -72,6 +72,7 @@ def test_help_tells_every_option(name, checkout, shell):
     f"{POD} --slices 2 --reserved --project mine --network net --runtime-version x",
     "tpu_pod.sh status --name stage2 --zone us-west4-a",
     "tpu_pod.sh logs --name stage2 --zone us-west4-a --slices 2",
+    "tpu_pod.sh logs --name stage2 --zone us-west4-a --all-hosts",
     "tpu_pod.sh stop --name stage2 --zone us-west4-a",
     "tpu_pod.sh delete --name stage2 --zone us-west4-a",
     f"{GKE} --slices 2",
@@ -163,10 +164,37 @@ def test_preempted_tpus_are_asked_for_again(checkout, shell):
 
 
 def test_a_run_that_is_there_is_followed(checkout, shell):
+  """Also when its host can't be asked for a while."""
   shell.fake("gcloud")
-  shell.answer("run", "regionjax: running", "regionjax: running", "regionjax: exit 0")
+  shell.answer("run", *["regionjax: running"] * 2, "FAIL", "FAIL", "regionjax: exit 0")
   assert shell(*words_of(checkout, POD)).returncode == 0
   assert not [call for call in shell.calls() if "create" in call or "start" in call[-1]]
+
+
+def test_the_host_whose_error_ended_the_run_is_heard(checkout, shell):
+  """jax ends the others with codes by which the run would be begun again, to fail again."""
+  shell.fake("gcloud")
+  shell.answer("run", "regionjax: absent", "regionjax: exit 134")
+  shell.answer("hosts", "regionjax: exit 134", "regionjax: exit 1", "regionjax: running")
+  done = shell(*words_of(checkout, POD))
+  assert done.returncode == 2
+  assert "the run ended with code 1; why, one host's log tells: " in done.stderr
+  command = re.search(r"launch/(tpu_pod.sh logs .*?)\. Mend", done.stderr).group(1)
+  shell.calls()
+  assert shell(*words_of(checkout, command)).returncode == 0
+  (call,) = shell.calls()
+  assert "--worker=all" in call and "stage2/log" in option(call, "command")
+
+
+@pytest.mark.parametrize("failures, code, times", [(2, 0, 3), (9, 2, 5)])
+def test_fresh_hosts_let_nobody_in_at_first(failures, code, times, checkout, shell):
+  shell.fake("gcloud")
+  shell.answer("run", "regionjax: absent")
+  shell.answer("setup", *["FAIL"] * failures)
+  done = shell(*words_of(checkout, POD))
+  assert done.returncode == code
+  assert sum("host.sh setup" in call[-1] for call in shell.calls()) == times
+  assert ("hosts cannot be reached" in done.stderr) == (code == 2)
 
 
 @pytest.mark.parametrize(
