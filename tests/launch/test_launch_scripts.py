@@ -5,8 +5,12 @@ import shlex
 import subprocess
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from regionjax.config_files import load_config
+from regionjax.mesh import from_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -145,6 +149,27 @@ def test_a_pod_gets_the_commit_the_cache_and_the_flags(checkout, shell):
   assert train[train.index("--distributed") + 1] == "auto"
   assert train[train.index("--stopped-exit-code") + 1] == "42"
   assert {"--train.mesh.slices=2", "--train.steps=9", "--train.trainable=['a b']"} <= set(train)
+
+
+class Chip(SimpleNamespace):
+  __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize("config", ["tiny.py", "gpt4roi_7b.py:stage2", "chatspot_7b.py:stage2"])
+def test_every_config_has_a_mesh_over_two_slices(config, checkout, shell):
+  """What is wrong with it would otherwise be told by hosts that are paid for."""
+  line = GKE.replace("configs/tiny.py", f"configs/{config}") + " --slices 2"
+  done = shell(*words_of(checkout, line, "--dry-run"))
+  chips = [
+    Chip(
+      id=4 * s + i, slice_index=s, coords=(i % 2, i // 2, 0), core_on_chip=0, process_index=s,
+      platform="tpu", device_kind="TPU v5 lite",
+    )
+    for s in range(2) for i in range(4)
+  ]  # fmt: skip
+  settings = re.findall(r"--train\.mesh\S+?(?= |')", done.stdout)
+  mesh = from_config(load_config(f"{ROOT}/configs/{config}", settings).train.mesh, devices=chips)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
 
 
 def test_preempted_tpus_are_asked_for_again(checkout, shell):
