@@ -1,11 +1,14 @@
 """Runs that something goes wrong with: another config, bad data, NaN, a full disk, two stops."""
 
+import collections
 import contextlib
 import dataclasses
+import os
 import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +67,20 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(micro, tmp_path, m
   monkeypatch.setattr(loop, "put_batch", real)
   stopped = run(config, tmp_path, Watched(stop_at=4, number=signal.SIGTERM))
   assert stopped.exit_code == 0 and not stopped.finished and stopped.step >= 4
+
+
+def test_what_led_to_a_checkpoint_is_stored_with_it(micro, tmp_path, monkeypatch):
+  """A bucket that is mounted as a folder gets an open file's rows when they are synced."""
+  real, synced = os.fsync, []
+
+  def watched(file):
+    synced.append(Path(os.readlink(f"/proc/self/fd/{file}")))
+    real(file)
+
+  monkeypatch.setattr(os, "fsync", watched)
+  run(with_train(micro, steps=2, save_every=1, log_every=1, eval_every=0), tmp_path)
+  counts = collections.Counter(path.name[:6] for path in synced if tmp_path in path.parents)
+  assert counts["metric"] == counts["goodpu"] == counts["events"] == 2, counts
 
 
 def test_bad_data_in_the_middle_loses_nothing(micro, tmp_path, monkeypatch):
