@@ -216,9 +216,11 @@ tpu_environment() {
   )
 }
 
-# train_words WORKDIR [SLICES]: puts what follows `regionjax` into `training`.
+# train_words WORKDIR [SLICES]: puts what follows `regionjax` into `training`. Over several slices the
+# parameters are split inside each, unless a setting of the caller's, which comes later, wins.
 train_words() {
   training=(train "${words[0]}" --workdir "$1" --distributed auto)
-  [ "${2:-1}" -eq 1 ] || training+=("--train.mesh.slices=$2")
+  [ "${2:-1}" -eq 1 ] ||
+    training+=("--train.mesh.slices=$2" "--train.mesh.data=$2" --train.mesh.fsdp=-1)
   [ "${#overrides[@]}" -eq 0 ] || training+=("${overrides[@]}")
 }

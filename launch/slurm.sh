@@ -5,9 +5,9 @@
 #     [options] [-- SETTINGS]
 #   launch/slurm.sh status|logs|stop|delete --name NAME --workdir DIR
 #
-# The job runs a copy of the commit, with one process a GPU. Five minutes before its time is up it
-# saves and goes back into the queue, as it does when Slurm preempts it; it then goes on from its
-# newest checkpoint. The same command goes on too, after the job has ended or was stopped.
+# The job runs a copy of the commit, with one process a GPU. Five minutes before its time is up, and
+# when Slurm preempts it with a grace time, it saves and goes back into the queue; it then goes on
+# from its newest checkpoint. The same command goes on too, after the job has ended or was stopped.
 #
 #   --name NAME            of the job
 #   --workdir DIR          of the run, on a file system that the nodes share; the batch script, the
@@ -16,7 +16,9 @@
 #   --time LIMIT           of one turn in the queue [24:00:00]
 #   --setup COMMANDS       that make `python` the one with regionjax's packages, e.g.
 #                          'module load cuda; . ~/venv/bin/activate'
-#   --partition, --account, --qos, --constraint, --reservation, --cpus-per-task, --mem: as sbatch's
+#   --cpus-per-task N      cores of a process, which also decodes its rows' images; without it
+#                          Slurm gives one
+#   --partition, --account, --qos, --constraint, --reservation, --mem: as sbatch's
 #   --commit REV           what runs [HEAD, if nothing is changed]
 #   --grace SECONDS        before the time limit at which the run saves [300]
 #   --xla-flags=FLAGS      instead of launch/lib.sh's
@@ -90,8 +92,10 @@ directives() {
 
 # job COPY: prints the batch script.
 job() {
-  local cache
+  local cache starter=(srun --kill-on-bad-exit=1)
   cache=$(dirname "$opt_workdir")/.xla-cache
+  # From Slurm 22.05 on a step doesn't take over what its job was given.
+  [ -z "$opt_cpus_per_task" ] || starter+=("--cpus-per-task=$opt_cpus_per_task")
   train_words "$opt_workdir"
   cat <<END
 #!/usr/bin/env bash
@@ -106,14 +110,18 @@ ${opt_setup:-:}
 # Slurm tells this shell that the time is nearly up; the processes of the run then save and end.
 ending=''
 trap 'ending=1; scancel --signal=TERM "\$SLURM_JOB_ID"' USR1
-srun --kill-on-bad-exit=1 $(quoted python -u -m regionjax "${training[@]}") &
+$(quoted "${starter[@]}" python -u -m regionjax "${training[@]}" --stopped-exit-code 42) &
 code=0
 wait \$! || code=\$?
 while kill -0 \$! 2>/dev/null; do # a trap cuts \`wait\` short
   code=0
   wait \$! || code=\$?
 done
-if [ -n "\$ending" ] && [ "\$code" -ne 1 ] && [ "\$code" -ne 2 ]; then
+# Of a preemption it tells the processes alone, and a job that ends in the grace time counts as done.
+if scontrol show job "\$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; then
+  ending=1
+fi
+if [ -n "\$ending" ] && [ "\$code" -gt 2 ]; then # 0: the run is complete; 1, 2: an error of its own
   scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit "\$code"

@@ -51,8 +51,9 @@ install_gcsfuse() {
   run sudo curl -fsSL -o "$key" "$site/doc/apt-key.gpg"
   run sudo sh -c "echo 'deb [signed-by=$key] $site gcsfuse-$(lsb_release -cs) main' \
 >/etc/apt/sources.list.d/gcsfuse.list"
-  run sudo apt-get -qq update
-  run sudo apt-get -qq install -y gcsfuse
+  local lock=DPkg::Lock::Timeout=600 # a fresh host updates itself meanwhile
+  run sudo apt-get -qq -o "$lock" update
+  run sudo apt-get -qq -o "$lock" install -y gcsfuse
 }
 
 # The process of a run, if it lives. A pid means nothing after the host was started anew.

@@ -23,6 +23,7 @@
 #   --project, --network, --subnetwork, --service-account, --runtime-version: as gcloud takes them
 #   --libtpu-flags=FLAGS   instead of launch/lib.sh's
 #   --poll SECONDS         between looks at the run [60]
+#   --all-hosts            logs: the last lines of each, instead of following the first one's
 #   --dry-run              prints the commands and runs nothing; gcloud need not be there
 #
 # stop saves and ends the run and keeps the TPUs; delete gives them back.
@@ -34,12 +35,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 opt_name='' opt_zone='' opt_accelerator='' opt_slices=1 opt_bucket='' opt_workdir='' opt_spot=''
 opt_reserved='' opt_commit='' opt_restarts=20 opt_delete_when_done='' opt_project='' opt_network=''
 opt_subnetwork='' opt_service_account='' opt_runtime_version='' opt_libtpu_flags='' opt_poll=60
+opt_all_hosts=''
 
 main() {
   local verb=${1-}
   [ $# -eq 0 ] || shift
   parse 'name zone accelerator slices bucket workdir commit restarts project network subnetwork
-    service-account runtime-version libtpu-flags poll' 'spot reserved delete-when-done' "$@"
+    service-account runtime-version libtpu-flags poll' 'spot reserved delete-when-done all-hosts' "$@"
   case $verb in
     train | status | logs | stop | delete) ;;
     --help | -h) usage; exit 0 ;;
@@ -77,8 +79,8 @@ train() {
   check_bucket
   stage
   run gcloud storage cp "$archive" "gs://$opt_bucket/regionjax/source/$commit.tar.gz" --no-clobber
-  local attempt
-  for ((attempt = 0; attempt <= opt_restarts; attempt++)); do
+  local starts=0
+  while [ "$starts" -le "$opt_restarts" ]; do
     acquire
     begin
     follow
@@ -92,8 +94,8 @@ train() {
         return
         ;;
       'exit 1' | 'exit 2')
-        die "the run ended with ${answer/exit/code}; its log: launch/tpu_pod.sh logs --name" \
-          "$opt_name --zone $opt_zone. Mend it and give the same command again"
+        die "the run ended with ${answer/exit/code}; why, one host's log tells: launch/tpu_pod.sh" \
+          "logs --all-hosts --name $opt_name --zone $opt_zone. Mend it and give the same command again"
         ;;
     esac
     step "The run stopped before its end ($answer); going on from its newest checkpoint"
@@ -181,6 +183,18 @@ on() {
   run "${line[@]}"
 }
 
+# On all hosts, which let nobody in for the first minute or two.
+insist() {
+  local attempt
+  for attempt in 1 2 3 4 5; do
+    on all "$1" && return
+    [ "$attempt" -eq 5 ] || note "not all hosts did this ($attempt of 5 times); again"
+    pause
+  done
+  die 'hosts cannot be reached, or cannot do this, as said above; if it is about keys, ssh-add' \
+    "\$HOME/.ssh/google_compute_engine; then give the same command again"
+}
+
 # Puts what the first host says of the run into `answer`: running, absent, `exit CODE` or stopped.
 run_state() {
   ssh_line 0 "regionjax/host.sh state $opt_name"
@@ -193,23 +207,25 @@ run_state() {
 begin() {
   run_state absent
   [ "$answer" != running ] || return 0
+  starts=$((starts + 1))
   local mount=/mnt/$opt_bucket folder=regionjax/$commit
   step 'On every host: the files, the bucket, the packages (nothing is done twice)'
-  on all "mkdir -p $folder && gcloud storage cat \
+  insist "mkdir -p $folder && gcloud storage cat \
 gs://$opt_bucket/regionjax/source/$commit.tar.gz | tar -xzf - -C $folder && \
 cp $folder/launch/tpu_host.sh regionjax/host.sh && \
 regionjax/host.sh setup $(quoted "$opt_bucket") $commit"
   step 'On every host: the run, which no longer needs this connection'
   tpu_environment "$mount/$(dirname "$opt_workdir")/.xla-cache"
   train_words "$mount/$opt_workdir" "$opt_slices"
-  on all "regionjax/host.sh start $opt_name $commit $(quoted "${variables[@]}" \
+  insist "regionjax/host.sh start $opt_name $commit $(quoted "${variables[@]}" \
     "${training[@]}" --stopped-exit-code 42)"
 }
 
 # Returns when the run or its TPUs have ended, and says which in `answer`.
 follow() {
   step "Following the run; its log: launch/tpu_pod.sh logs --name $opt_name --zone $opt_zone"
-  while :; do
+  local silent=0
+  while [ "$silent" -lt 10 ]; do
     pause
     state ACTIVE
     case $answer in
@@ -217,8 +233,27 @@ follow() {
       UNKNOWN) continue ;; # the connection may be back next time; the run needs none
       *) answer="TPUs are $answer" ;;
     esac
-    [ "$answer" = running ] || return 0
+    case $answer in
+      running) silent=0 ;;
+      absent) silent=$((silent + 1)) ;; # or a host that didn't answer
+      'exit '*)
+        cause
+        return
+        ;;
+      *) return 0 ;;
+    esac
   done
+}
+
+# Where one host fails, jax ends the program on the others with codes of its own: 1 and 2, which
+# tell an error that would come again, are looked for on all.
+cause() {
+  [ "$answer" != 'exit 0' ] || return 0
+  local first=$answer
+  ssh_line all "regionjax/host.sh state $opt_name"
+  ask 'regionjax: exit 0' "${line[@]}" || answer=''
+  answer=$(sed -n 's/^regionjax: \(exit [12]\)$/\1/p' <<<"$answer" | sed -n 1p)
+  answer=${answer:-$first}
 }
 
 pause() { [ -n "$opt_dry_run" ] || sleep "$opt_poll"; }
@@ -228,7 +263,14 @@ status() {
   on all "regionjax/host.sh state $opt_name"
 }
 
-logs() { on 0 "tail -n 100 -F regionjax/runs/$opt_name/log"; }
+logs() {
+  local log=regionjax/runs/$opt_name/log
+  if [ -n "$opt_all_hosts" ]; then
+    on all "tail -n 30 $log | sed \"s/^/\$(hostname): /\""
+  else
+    on 0 "tail -n 100 -F $log"
+  fi
+}
 
 stop() { on all "regionjax/host.sh stop $opt_name"; }
 

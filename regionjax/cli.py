@@ -12,11 +12,13 @@ import dataclasses
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import regionjax
+from regionjax.distributed import joined, leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,23 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command line (by default the program's) and returns its exit code."""
+  """Runs a command line (by default the program's) and returns its exit code.
+
+  Where others are joined to this process, one that failed doesn't return: it would wait for them.
+  """
+  try:
+    code = _run(argv)
+  except Exception:
+    if joined():
+      traceback.print_exc()
+      leave(1)
+    raise
+  if code in (1, 2) and joined():
+    leave(code)
+  return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
   words = list(sys.argv[1:] if argv is None else argv)
   # Compiled programs are kept between runs; jax reads this when it is imported.
   caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -22,6 +22,26 @@ total = multihost_utils.process_allgather(jax.numpy.float32(jax.process_index() 
 print("told", count, jax.process_index(), jax.process_count(), jax.device_count(), int(total))
 """
 
+# A verb of the program; one process of two fails in it.
+FAILING = """
+import sys, types
+from regionjax import cli
+verb = types.ModuleType("verb")
+def run(args):
+  from regionjax.distributed import connect
+  connect(args.where)
+  import jax
+  from jax.experimental import multihost_utils
+  multihost_utils.sync_global_devices("both are there")
+  if jax.process_index() == 1:
+    raise RuntimeError("only here")
+  multihost_utils.sync_global_devices("never")
+verb.run, verb.add_arguments = run, lambda parser: parser.add_argument("where")
+sys.modules["verb"] = verb
+cli.VERBS["fail"] = cli.Verb("verb", "")
+sys.exit(cli.main(["fail", sys.argv[1]]))
+"""
+
 
 def free_port() -> int:
   with socket.socket() as listener:
@@ -38,16 +58,14 @@ def alone(monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
 
-@pytest.mark.parametrize("by", ["words", "variables"])
-def test_two_processes_meet(by):
+def test_two_processes_meet():
+  """The first by words, the second by variables."""
   address = f"localhost:{free_port()}"
   running = []
-  for index in range(2):
+  for index, words in enumerate(([f"{address},2,0"], [])):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    words = [f"{address},2,{index}"]
-    if by == "variables":
+    if not words:
       environment |= dict(zip(distributed.VARIABLES, (address, "2", str(index))))
-      words = []
     command = [sys.executable, "-c", PROGRAM, *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running.append(subprocess.Popen(command, env=environment, **pipes))
@@ -59,6 +77,24 @@ def test_two_processes_meet(by):
   for index, (out, _) in enumerate(told):  # Gloo writes to stdout too
     assert f"told 2 {index} 2 4 3" in out
   assert f"process 1 of 2: joining the others at {address}" in told[1][1]
+
+
+def test_a_process_that_fails_alone_ends_with_a_code_of_its_own():
+  """Not with jax's 134 for all, after five minutes of waiting for each other."""
+  address = f"localhost:{free_port()}"
+  pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+  other, failing = (
+    subprocess.Popen([sys.executable, "-c", FAILING, f"{address},2,{index}"], **pipes)
+    for index in range(2)
+  )
+  try:
+    _, told = failing.communicate(timeout=240)
+    assert failing.returncode == 1
+    assert told.count("RuntimeError: only here") == 1
+  finally:
+    failing.kill()
+    other.kill()
+    other.communicate()
 
 
 def test_a_process_is_alone_without_a_sign_of_others(monkeypatch):

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("config", help="a config file, e.g. configs/tiny.py or configs/tiny.py:arg")
   parser.add_argument(
     "--workdir", required=True, type=Path, metavar="DIR",
-    help="folder of this run: checkpoints, metrics, and in the end release/",
+    help="folder of this run: checkpoints, metrics, and in the end release/; a bucket has to be "
+    "mounted as one",
   )  # fmt: skip
   parser.add_argument(
     "--distributed", default="", metavar="WHERE",
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="where compiled programs are kept for the next start, off for nowhere (default: "
     "$JAX_COMPILATION_CACHE_DIR, else regionjax/xla in the user's cache folder). Machines may "
     "share it: an entry serves only the same program, versions and kind of processor. On several "
-    "hosts only the first one writes; name a folder, or gs://, that all see",
+    "hosts only the first one writes; name a folder that all see, or gs:// (pip install gcsfs)",
   )  # fmt: skip
 
 

@@ -92,6 +92,11 @@ class Goodput:
       row = {"attempt": self._attempt, "step": step, "end": time.time(), "seconds": seconds}
       self._file.write_row(row)
 
+  def sync(self) -> None:
+    """Has the file stored; see `Appender.sync`."""
+    if self._file is not None:
+      self._file.sync()
+
   def _count(self) -> None:
     """Gives the time since the last call to the innermost kind, less what compiling took of it."""
     now = time.monotonic()

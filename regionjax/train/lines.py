@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -33,6 +34,14 @@ class Appender:
   def write_row(self, row: Mapping[str, Any]) -> bool:
     """Appends a line of JSON."""
     return self.write(json.dumps(row).encode() + b"\n")
+
+  def sync(self) -> None:
+    """Returns when the file's store has it all. A mounted bucket gets what was written only now.
+
+    Left open and unsynced, a file in one is lost with its host.
+    """
+    with contextlib.suppress(OSError):  # a full disk, or a file that can't be synced
+      os.fsync(self._file)
 
   def close(self) -> None:
     """Tries once more what was refused, and closes the file."""

@@ -284,6 +284,8 @@ class _Loop:
     run = self._run
     run.ledger.elapsed = self._clock.elapsed
     with self._goodput.measure("checkpoint"):
+      self._writer.sync()  # whoever goes on from this checkpoint finds what led to it
       save = run.checkpoints.save_last if last else run.checkpoints.save
       save(run.ledger.step, run.state, record(run))
     self._goodput.flush(run.ledger.step)
+    self._goodput.sync()

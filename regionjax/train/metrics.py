@@ -47,6 +47,12 @@ class MetricsWriter:
     self._rows.write_row({"kind": kind, "step": step} | dict(values))
     self._events.scalars(scalars(values, kind), step)
 
+  def sync(self) -> None:
+    """Has both files stored; see `Appender.sync`."""
+    if self._rows is not None and self._events is not None:
+      self._rows.sync()
+      self._events.sync()
+
   def close(self) -> None:
     """Closes both files."""
     if self._rows is not None and self._events is not None:
@@ -77,6 +83,9 @@ class _Events:
   def scalars(self, values: Mapping[str, float], step: int) -> None:
     parts = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
     self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=parts)))
+
+  def sync(self) -> None:
+    self._file.sync()
 
   def close(self) -> None:
     self._file.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -43,9 +44,15 @@ def check(workdir: Path, config: Config, *, log: Callable[[str], None] = print) 
     Whether the run has been here before. Settings that may change and did are named through `log`.
 
   Raises:
-    ConfigError: the folder belongs to another config (the differing keys are named), or holds
-      something else.
+    ConfigError: the folder belongs to another config (the differing keys are named), holds
+      something else, or is an address of a bucket.
   """
+  if re.fullmatch(r"[a-z][a-z0-9]+:", workdir.parts[0] if workdir.parts else ""):
+    raise ConfigError(  # `Path` has made gs:/bucket of gs://bucket: a folder of that name
+      f"--workdir {str(workdir).replace(':/', '://', 1)}: expected a folder; a bucket has to be "
+      "mounted as one (gcsfuse), with a hierarchical namespace, since checkpoints are renamed "
+      "into place: launch/tpu_pod.sh and docs/laptop-to-pod.md do so"
+    )
   path = workdir / CONFIG
   if workdir.exists() and not workdir.is_dir():
     raise ConfigError(f"--workdir {workdir} is a file; name a folder")

@@ -28,7 +28,9 @@ answer() {
 case $line in
   *'buckets describe'*) answer bucket True ;;
   *'queued-resources list'*) answer tpus ACTIVE ;;
+  *--worker=all*'host.sh state'*) cat "$ANSWERS/hosts" 2>/dev/null || true ;;
   *'host.sh state'*) echo 'SSH: connecting to worker 0'; answer run 'regionjax: exit 0' ;;
+  *'host.sh setup'*) answer setup '' ;;
 esac
 """
 

@@ -22,6 +22,10 @@ while [ ! -e "$HOME/end" ]; do sleep 0.05; done
 exit 3
 """
 
+NOTES = """#!/usr/bin/env bash
+{ printf '%q ' "${0##*/}" "$@"; echo; } >>"$RECORD"
+"""
+
 
 def wait_for(what, seconds=60):
   end = time.monotonic() + seconds
@@ -110,7 +114,7 @@ def job(shell, checkout):
   done = shell(
     "bash", checkout / "launch/slurm.sh", "train", "configs/tiny.py", "--name", "run", "--workdir",
     "runs/a b", "--nodes", "2", "--gpus-per-node", "4", "--setup", "export FIRST=set", "--grace",
-    "120", "--qos", "high", "--", "--train.steps=5",
+    "120", "--qos", "high", "--cpus-per-task", "12", "--", "--train.steps=5",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   (call,) = shell.calls()
@@ -125,30 +129,49 @@ def test_the_batch_script_asks_for_the_nodes_and_is_sound(job):
   assert (asked["signal"], asked["qos"], asked["requeue"]) == ("B:USR1@120", "high", "")
   assert asked["open-mode"] == "append"  # a job that comes back goes on in its log
   assert "partition" not in asked
+  assert asked["cpus-per-task"] == "12"
+  assert re.search(r"^srun .*--cpus-per-task=12 python", text, re.MULTILINE)  # srun takes none over
   checker = Path(sysconfig.get_path("scripts")) / "shellcheck"
   checked = subprocess.run([checker, "--exclude=SC2034", job], capture_output=True, text=True)
   assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("warned, code", [(True, 0), (False, 3)])
-def test_a_job_whose_time_is_up_saves_and_goes_back_into_the_queue(warned, code, job, shell):
-  """The stand-in for srun ends by the signal that scancel sends to the steps of a job."""
-  run = PROGRAM.replace("exit 42", "exit 0").replace("trap", 'echo $$ >"$HOME/pid"\ntrap', 1)
-  shell.fake("srun", text=run)
-  shell.fake("scontrol")
+@pytest.mark.parametrize(
+  "event, code, requeued",
+  [
+    ("time", 42, True),
+    ("preempted", 42, True),
+    ("stopped", 42, False),
+    ("failed", 3, False),
+    ("finished though preempted", 0, False),
+  ],
+)
+def test_a_job_that_slurm_ends_saves_and_goes_back_into_the_queue(
+  event, code, requeued, job, shell
+):
+  """The stand-in for srun ends by the signal that Slurm or scancel sends to the steps of a job."""
+  run = PROGRAM.replace("trap", 'echo $$ >"$HOME/pid"\ntrap', 1)
+  shell.fake("srun", text=run.replace("exit 3", f"exit {code}"))
+  at = "2026-01-01T00:00:00" if "preempted" in event else "None"
+  told = f"   PreemptEligibleTime=2025-12-31T00:00:00 PreemptTime={at}"
+  shell.fake("scontrol", text=f"{NOTES}[ \"$1\" != show ] || echo '{told}'\n")
   shell.fake("scancel", text='#!/usr/bin/env bash\nkill -TERM "$(cat "$HOME/pid")"\n')
   process = subprocess.Popen(
     ["bash", job], env=shell.environment | {"SLURM_JOB_ID": "17"}, stdout=subprocess.PIPE, text=True
   )
-  wait_for((shell.folder / "home/pid").exists)
-  if warned:
+  pid = shell.folder / "home/pid"
+  wait_for(lambda: pid.exists() and pid.read_text().strip())
+  if event == "time":
     process.send_signal(signal.SIGUSR1)
-  else:
+  elif event in ("failed", "finished though preempted"):
     (shell.folder / "home/end").touch()
+  else:
+    os.kill(int(pid.read_text()), signal.SIGTERM)
   out, _ = process.communicate(timeout=60)
   assert process.returncode == code
   assert "set in " in out and "regionjax train configs/tiny.py" in out
-  assert shell.calls() == ([["scontrol", "requeue", "17"]] if warned else [])
+  again = [call for call in shell.calls() if call[1] != "show"]
+  assert again == ([["scontrol", "requeue", "17"]] if requeued else [])
 
 
 def test_this_jaxlib_knows_the_flags_for_gpus():

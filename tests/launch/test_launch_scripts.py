@@ -5,8 +5,12 @@ import shlex
 import subprocess
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from regionjax.config_files import load_config
+from regionjax.mesh import from_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -72,6 +76,7 @@ def test_help_tells_every_option(name, checkout, shell):
     f"{POD} --slices 2 --reserved --project mine --network net --runtime-version x",
     "tpu_pod.sh status --name stage2 --zone us-west4-a",
     "tpu_pod.sh logs --name stage2 --zone us-west4-a --slices 2",
+    "tpu_pod.sh logs --name stage2 --zone us-west4-a --all-hosts",
     "tpu_pod.sh stop --name stage2 --zone us-west4-a",
     "tpu_pod.sh delete --name stage2 --zone us-west4-a",
     f"{GKE} --slices 2",
@@ -146,6 +151,27 @@ def test_a_pod_gets_the_commit_the_cache_and_the_flags(checkout, shell):
   assert {"--train.mesh.slices=2", "--train.steps=9", "--train.trainable=['a b']"} <= set(train)
 
 
+class Chip(SimpleNamespace):
+  __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize("config", ["tiny.py", "gpt4roi_7b.py:stage2", "chatspot_7b.py:stage2"])
+def test_every_config_has_a_mesh_over_two_slices(config, checkout, shell):
+  """What is wrong with it would otherwise be told by hosts that are paid for."""
+  line = GKE.replace("configs/tiny.py", f"configs/{config}") + " --slices 2"
+  done = shell(*words_of(checkout, line, "--dry-run"))
+  chips = [
+    Chip(
+      id=4 * s + i, slice_index=s, coords=(i % 2, i // 2, 0), core_on_chip=0, process_index=s,
+      platform="tpu", device_kind="TPU v5 lite",
+    )
+    for s in range(2) for i in range(4)
+  ]  # fmt: skip
+  settings = re.findall(r"--train\.mesh\S+?(?= |')", done.stdout)
+  mesh = from_config(load_config(f"{ROOT}/configs/{config}", settings).train.mesh, devices=chips)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
 def test_preempted_tpus_are_asked_for_again(checkout, shell):
   """Waiting, running, preempted, given back, asked for anew, stopped by a host, finished."""
   shell.fake("gcloud")
@@ -163,10 +189,37 @@ def test_preempted_tpus_are_asked_for_again(checkout, shell):
 
 
 def test_a_run_that_is_there_is_followed(checkout, shell):
+  """Also when its host can't be asked for a while."""
   shell.fake("gcloud")
-  shell.answer("run", "regionjax: running", "regionjax: running", "regionjax: exit 0")
+  shell.answer("run", *["regionjax: running"] * 2, "FAIL", "FAIL", "regionjax: exit 0")
   assert shell(*words_of(checkout, POD)).returncode == 0
   assert not [call for call in shell.calls() if "create" in call or "start" in call[-1]]
+
+
+def test_the_host_whose_error_ended_the_run_is_heard(checkout, shell):
+  """jax ends the others with codes by which the run would be begun again, to fail again."""
+  shell.fake("gcloud")
+  shell.answer("run", "regionjax: absent", "regionjax: exit 134")
+  shell.answer("hosts", "regionjax: exit 134", "regionjax: exit 1", "regionjax: running")
+  done = shell(*words_of(checkout, POD))
+  assert done.returncode == 2
+  assert "the run ended with code 1; why, one host's log tells: " in done.stderr
+  command = re.search(r"launch/(tpu_pod.sh logs .*?)\. Mend", done.stderr).group(1)
+  shell.calls()
+  assert shell(*words_of(checkout, command)).returncode == 0
+  (call,) = shell.calls()
+  assert "--worker=all" in call and "stage2/log" in option(call, "command")
+
+
+@pytest.mark.parametrize("failures, code, times", [(2, 0, 3), (9, 2, 5)])
+def test_fresh_hosts_let_nobody_in_at_first(failures, code, times, checkout, shell):
+  shell.fake("gcloud")
+  shell.answer("run", "regionjax: absent")
+  shell.answer("setup", *["FAIL"] * failures)
+  done = shell(*words_of(checkout, POD))
+  assert done.returncode == code
+  assert sum("host.sh setup" in call[-1] for call in shell.calls()) == times
+  assert ("hosts cannot be reached" in done.stderr) == (code == 2)
 
 
 @pytest.mark.parametrize(

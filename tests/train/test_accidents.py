@@ -1,11 +1,14 @@
 """Runs that something goes wrong with: another config, bad data, NaN, a full disk, two stops."""
 
+import collections
 import contextlib
 import dataclasses
+import os
 import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +88,20 @@ def test_the_best_parameters_outlive_a_kill_between_two_writes(runs, tmp_path, m
   for path, leaf in flatten_paths(release.load(workdir / "release")[1]).items():
     key = "['trainable']" + "".join(f"['{part}']" for part in path.split("/"))
     np.testing.assert_array_equal(leaf, arrays[key].astype(leaf.dtype), err_msg=path)
+
+
+def test_what_led_to_a_checkpoint_is_stored_with_it(micro, tmp_path, monkeypatch):
+  """A bucket that is mounted as a folder gets an open file's rows when they are synced."""
+  real, synced = os.fsync, []
+
+  def watched(file):
+    synced.append(Path(os.readlink(f"/proc/self/fd/{file}")))
+    real(file)
+
+  monkeypatch.setattr(os, "fsync", watched)
+  run(with_train(micro, steps=2, save_every=1, log_every=1, eval_every=0), tmp_path)
+  counts = collections.Counter(path.name[:6] for path in synced if tmp_path in path.parents)
+  assert counts["metric"] == counts["goodpu"] == counts["events"] == 2, counts
 
 
 def test_bad_data_in_the_middle_loses_nothing(micro, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +198,13 @@ def test_what_is_no_work_folder_is_refused(kind, tmp_path, micro):
     (path / "photo.jpg").write_text("x")
   with pytest.raises(ConfigError, match=r"is a file|holds no run"):
     workdirs.check(path, micro)
+
+
+def test_a_bucket_s_address_is_refused(micro, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # where a folder gs:/ would be made
+  with pytest.raises(ConfigError, match=r"--workdir gs://bucket/run: expected a folder.*gcsfuse"):
+    workdirs.check(Path("gs://bucket/run"), micro)
+  assert workdirs.check(Path("12:30"), micro) is False
 
 
 def test_peak_is_measured_on_a_cpu():
