@@ -170,16 +170,17 @@ def print_demand(
   report = json.loads(compiled.read_text(encoding="utf-8"))
   seconds, chips = report["time"]["step"], report["topology"]["chips"]
   images = report["rows"] * report["row"]["images"]
+  rate_all = images / seconds
   say(
     f"  {report['config']} on {report['topology']['name']}, one image an example: {images} images "
-    f"in a step of {seconds:.2f} s are {images / seconds:.0f}/s, {images / seconds / chips:.1f}/s a "
-    "chip; of which a host needs, in cores:"
+    f"in a step of {seconds:.2f} s are {rate_all:.0f}/s, {rate_all / chips:.1f}/s a chip; of which "
+    "a host needs, in cores:"
   )
   for (size, step), rate in rates.items():
     if step == "text":
-      need = f"{images / seconds / rate:.2f} of the one thread that makes the text of all hosts"
+      need = f"{rate_all / rate:.2f} of the one thread that makes the text of all hosts"
     else:
-      cores = images / seconds / chips / rate
+      cores = rate_all / chips / rate
       need = ", ".join(
         f"{cores * n:.2f} of {V5E_HOST[n]} for decoding with {n} chips" for n in V5E_HOST
       )
