@@ -110,7 +110,8 @@ class TrainingStep:
     self._state = jax.jit(make_init(config, init, optimizer))(jax.random.key(0), {})
     self.parameters = sum(x.size for x in jax.tree.leaves(self._state.trainable))
     self._batch = jax.device_put(make_batch(config))
-    self._step = make_train_step(config, forward, optimizer, make_mesh())
+    step = make_train_step(config, forward, optimizer, make_mesh())
+    self._step = step.lower(self._state, self._batch, np.float32(0.1)).compile()
 
   def __call__(self) -> float:
     self._state, metrics = self._step(self._state, self._batch, np.float32(0.1))
@@ -118,4 +119,4 @@ class TrainingStep:
 
   def text(self) -> str:
     """The compiled program."""
-    return self._step.lower(self._state, self._batch, np.float32(0.1)).compile().as_text()
+    return self._step.as_text()
