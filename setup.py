@@ -19,6 +19,7 @@ INSTALL = [
   "optax>=0.2.6",
   "orbax-checkpoint>=0.11.30",
   "grain>=0.2.14",
+  "array-record>=0.8.1; sys_platform != 'win32'",  # pictures in few files; has no Windows build
   "ml-collections>=1.0",
   "numpy>=1.26",
   "pillow>=11",
@@ -60,7 +61,7 @@ setup(
     "test": TEST,
     "tpu": ["jax[tpu]>=0.10"],
     "cuda12": ["jax[cuda12]>=0.10"],
-    "tfds": ["tensorflow-datasets>=4.9", "array-record>=0.6"],
+    "tfds": ["tensorflow-datasets>=4.9"],
     "gguf": ["gguf>=0.10"],  # the first that dequantises every type of llama.cpp's common files
     "serve": [],  # the HTTP server uses the standard library
     "notebooks": ["jupyterlab>=4"],

@@ -1,16 +1,20 @@
 """How fast regionjax is beside PyTorch on this machine.
 
-  python launch/benchmark.py [--only roi_align,vit,decoder,region_module,training] [--json FILE]
-      [--torchvision-python PATH] [--rounds N] [--full]
+  python launch/benchmark.py [--only roi_align,vit,decoder,region_module,training,input]
+      [--json FILE] [--torchvision-python PATH] [--rounds N] [--full] [--photos FOLDER]
+      [--compiled FILE]
 
-Each case runs ours and theirs in turn, N rounds after a warm-up, and reports medians and their
-ratio: what else the machine does then hits both. PyTorch runs in a process of its own
+Each case runs ours and theirs in turn, N rounds after a warm-up, and reports medians, their ratio
+(theirs / ours), and the quartiles of the ratio in a round: what else the machine does then hits
+both, and a wide spread says that it did. PyTorch runs in a process of its own
 (`benchmark_torch.py`): this environment's, or for the cases that need torchvision the one whose
 interpreter `--torchvision-python` names. What is not installed is said and skipped. float32
 unless a case says otherwise, random weights of the same sizes, all cores. `--full` takes the region
 module at GPT4RoI's published size (2 TFLOP an image) instead of a quarter of its width. `training`
 is a step of a small region VLM (see `benchmark_training.py`), in float32 and in bfloat16, and
-prints where its time goes.
+prints where its time goes. `input` is the input pipeline on one core (see `benchmark_input.py`), in
+CPU seconds; with `--compiled`, a file that `regionjax compile --json` wrote, it says how many cores
+feed that pod.
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_training import print_profile, training_cases
+from benchmark_input import input_cases, photographs, print_demand
+from benchmark_profile import print_profile, profile
+from benchmark_training import training_cases
 
 from regionjax.config import DecoderConfig, ModelConfig, RegionConfig, VisionConfig
 from regionjax.infer import programs
@@ -207,15 +213,17 @@ def bind(f: Callable, *args: Any) -> Step:
 
 
 def alternate(
-  ours: Step, theirs: Callable[[], float] | None, rounds: int
+  ours: Step, theirs: Callable[[], float] | None, rounds: int, clock: Callable[[], float]
 ) -> tuple[list[float], list[float]]:
   """Seconds of ours and of theirs (nan without), `rounds` turns each, after a warm-up."""
   times: tuple[list[float], list[float]] = ([], [])
   for i in range(rounds + 1):
-    start = time.perf_counter()
+    start = clock()
     ours()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     other = theirs() if theirs else float("nan")
+    if clock is time.process_time:  # with what our threads did while the other process had its turn
+      seconds = clock() - start
     if i:
       times[0].append(seconds)
       times[1].append(other)
@@ -230,21 +238,26 @@ def measure(name: str, case, worker: TorchWorker, rounds: int) -> list[dict]:
     # The vision towers differ by the post-layernorm that GPT4RoI's never runs.
     if key in made and key in facts and abs(made[key] / facts[key] - 1) > 1e-4:
       raise RuntimeError(f"{name} {title}: {key} is {facts[key]} here and {made[key]} in PyTorch")
+  cpu = facts.get("clock") == "cpu"
   rows = []
   for step, ours in steps.items():
     theirs = None
-    if "absent" not in made:
-      theirs = lambda step=step: worker.ask(run=step)["seconds"]  # noqa: E731
-    ours_s, theirs_s = alternate(ours, theirs, rounds)
+    if step in made.get("steps", ()):
+      key = "cpu_seconds" if cpu else "seconds"
+      theirs = lambda step=step, key=key: worker.ask(run=step)[key]  # noqa: E731
+    clock = time.process_time if cpu else time.perf_counter
+    ours_s, theirs_s = alternate(ours, theirs, rounds, clock)
     row: dict[str, Any] = dict(case=name, size=title, step=step.replace("_", "+"), **facts)
     row |= dict(ours_ms=milliseconds(ours_s), ours_min_ms=milliseconds(ours_s, min))
+    row |= dict(theirs_ms=None, theirs_min_ms=None, ratio=None, ratio_quartiles=None)
     if theirs:
       row |= dict(theirs_ms=milliseconds(theirs_s), theirs_min_ms=milliseconds(theirs_s, min))
       row["ratio"] = round(statistics.median(theirs_s) / statistics.median(ours_s), 2)
-      row["against"] = made["against"]
-    else:
-      row |= dict(theirs_ms=None, theirs_min_ms=None, ratio=None)
-      row["against"] = f"absent: {made['absent']}"
+      low, high = np.quantile(np.divide(theirs_s, ours_s), (0.25, 0.75))
+      row["ratio_quartiles"] = [round(float(low), 2), round(float(high), 2)]
+    row["against"] = (
+      made["against"] if theirs else "absent: " + made.get("absent", "PyTorch has none")
+    )
     print(format_row(row), flush=True)
     rows.append(row)
   return rows
@@ -254,26 +267,42 @@ def milliseconds(seconds: list[float], of: Callable = statistics.median) -> floa
   return round(1e3 * of(seconds), 2)
 
 
+LINE = "{:<13} {:<26} {:<16} {:>9} {:>9} {:>7} {:>11}  {}"
+HEADER = ("case", "size", "step", "ours ms", "theirs ms", "ratio", "quartiles", "against")
+
+
 def format_row(row: dict) -> str:
-  theirs = "-" if row["theirs_ms"] is None else f"{row['theirs_ms']:.1f}"
-  ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
-  columns = (row["case"], row["size"], row["step"], f"{row['ours_ms']:.1f}", theirs, ratio)
-  return "{:<14} {:<26} {:<17} {:>9} {:>9} {:>8}  ".format(*columns) + row["against"]
+  theirs = ratio = spread = "-"
+  if row["theirs_ms"] is not None:
+    theirs, ratio = f"{row['theirs_ms']:.1f}", f"{row['ratio']:.2f}x"
+    spread = "{:.2f}-{:.2f}".format(*row["ratio_quartiles"])
+  ours = f"{row['ours_ms']:.1f}"
+  return LINE.format(
+    row["case"], row["size"], row["step"], ours, theirs, ratio, spread, row["against"]
+  )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  names = ("roi_align", "vit", "decoder", "region_module", "training")
+  names = ("roi_align", "vit", "decoder", "region_module", "training", "input")
   parser.add_argument("--only", default=",".join(names), help="comma-separated cases")
   parser.add_argument("--json", type=Path, help="also write the table here")
   parser.add_argument(
     "--torchvision-python", default=sys.executable, metavar="PATH",
-    help="interpreter that has torch and torchvision (roi_align, region_module)",
+    help="interpreter that has torch and torchvision (roi_align, region_module, input)",
   )  # fmt: skip
   parser.add_argument("--rounds", type=int, default=9, help="turns per case (default %(default)s)")
   parser.add_argument("--full", action="store_true", help="region module at its published size")
+  parser.add_argument(
+    "--photos", type=Path, metavar="FOLDER",
+    help="JPEG files for `input` (default: scikit-learn's two of 640 x 427)",
+  )  # fmt: skip
+  parser.add_argument(
+    "--compiled", type=Path, metavar="FILE",
+    help="what `regionjax compile --json` wrote: the pod that `input` is to feed",
+  )  # fmt: skip
   args = parser.parse_args(argv)
   args.only = args.only.split(",")
   unknown = set(args.only) - set(names)
@@ -287,13 +316,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
   args = parse_arguments(argv)
   # The bare command compares in one environment; torchvision may need one of its own.
-  pythons = dict(roi_align=args.torchvision_python, region_module=args.torchvision_python)
+  pythons = dict.fromkeys(("roi_align", "region_module", "input"), args.torchvision_python)
   cases = dict(
     roi_align=roi_align_cases,
     vit=vit_cases,
     decoder=decoder_cases,
     region_module=lambda: region_module_cases(args.full),
     training=training_cases,
+    input=lambda: input_cases(photographs(args.photos)),
   )
   cores, load = os.cpu_count() or 1, os.getloadavg()[0]
   if load > cores / 2:
@@ -301,8 +331,7 @@ def main(argv: list[str] | None = None) -> None:
       f"note: load average {load:.1f} on {cores} cores. Other work runs, which costs PyTorch more "
       "than us (its threads wait for each other): repeat on a quiet machine before quoting ratios."
     )
-  header = ("case", "size", "step", "ours ms", "theirs ms", "ratio")
-  print("{:<14} {:<26} {:<17} {:>9} {:>9} {:>8}  against".format(*header))
+  print(LINE.format(*HEADER))
   rows = []
   for name in args.only:
     worker = TorchWorker(pythons.get(name, sys.executable))
@@ -310,9 +339,12 @@ def main(argv: list[str] | None = None) -> None:
       for case in cases[name]():
         rows += measure(name, case, worker, args.rounds)
         if name == "training":
-          print_profile(case[2]["step"])
+          step = case[2]["step"]
+          print_profile(profile(step, step.text()))
     finally:
       worker.close()
+    if name == "input":
+      print_demand(rows, args.compiled)
   if args.json:
     machine = dict(
       processor=platform.processor() or platform.machine(), cores=cores, load_average=load,

@@ -2,8 +2,8 @@
 
 Reads one JSON object per line, answers each with one:
 
-  {"make": NAME, ...sizes}  ->  {"ok": true, ...facts} or {"absent": why}
-  {"run": NAME}             ->  {"seconds": x}
+  {"make": NAME, ...sizes}  ->  {"ok": true, "steps": [NAME], ...facts} or {"absent": why}
+  {"run": NAME}             ->  {"seconds": x, "cpu_seconds": y}
 
 jax isn't imported here, nor torch in `benchmark.py`: neither library's threads disturb the other.
 """
@@ -290,7 +290,61 @@ def make_training(*, dtype: str, **sizes) -> dict:
   return dict(step=step, facts=hugging_face(transformers, model))
 
 
+def torchvision_reader(torchvision) -> Callable[[str], torch.Tensor]:
+  """torchvision's own JPEG decoder: a path to uint8 [3, H, W]."""
+  from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
+  return lambda path: decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
+
+
+def pillow_reader(path: str) -> torch.Tensor:
+  """What a plain loader does: a path to uint8 [3, H, W]."""
+  from PIL import Image
+
+  with Image.open(path) as picture:
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def make_input(*, paths: list[str], side: int, rule: str, rows: int) -> dict:
+  """JPEG files to normalised float32 batches of `rows` pictures, on one core.
+
+  'chatspot' squashes with antialiased bicubic; 'gpt4roi' does so for the shortest edge and then
+  squashes the long side with plain bilinear. Pillow decodes where torchvision is missing.
+  """
+  try:
+    import torchvision
+    from torchvision.transforms.v2 import functional as resizing
+  except ImportError:
+    torchvision, read, against = None, pillow_reader, f"Pillow loop, torch {torch.__version__}"
+  else:
+    read, against = torchvision_reader(torchvision), f"torchvision {torchvision.__version__}"
+  torch.set_num_threads(1)
+  mean, std = torch.full((3, 1, 1), 0.45), torch.full((3, 1, 1), 0.27)
+
+  def bicubic(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if torchvision is not None:  # has a path for uint8
+      return resizing.resize(x, list(size), resizing.InterpolationMode.BICUBIC, antialias=True)
+    return F.interpolate(x[None].float(), size, mode="bicubic", antialias=True)[0]
+
+  def prepare(path: str) -> torch.Tensor:
+    x = read(path)
+    h, w = x.shape[1:]
+    if rule == "gpt4roi":
+      x = bicubic(x, (side * h // min(h, w), side * w // min(h, w))).float()
+      x = F.interpolate(x[None], (side, side), mode="bilinear")[0]
+    else:
+      x = bicubic(x, (side, side)).float()
+    return (x / 255 - mean) / std
+
+  def jpeg():
+    for start in range(0, len(paths), rows):
+      torch.stack([prepare(path) for path in paths[start : start + rows]])
+
+  return dict(jpeg=jpeg, facts=dict(against=against))
+
+
 MAKERS = {
+  "input": make_input,
   "training": make_training,
   "roi_align": make_roi_align,
   "vit": make_vit,
@@ -300,7 +354,7 @@ MAKERS = {
 
 
 def main() -> None:
-  torch.set_num_threads(os.cpu_count() or 1)
+  torch.set_num_threads(os.cpu_count() or 1)  # `make_input` takes one, in a process of its own
   torch.manual_seed(0)
   case: dict = {}
   for line in sys.stdin:
@@ -309,13 +363,15 @@ def main() -> None:
       case.clear()  # one case at a time in memory
       try:
         case.update(MAKERS[request["make"]](**request["sizes"]))
-        answer = dict(ok=True, **case["facts"])
+        steps = [name for name in case if name != "facts"]
+        answer = dict(ok=True, steps=steps, **case["facts"])
       except ImportError as error:
         answer = dict(absent=str(error))
     else:
-      start = time.perf_counter()
+      start = time.perf_counter(), time.process_time()
       case[request["run"]]()
-      answer = dict(seconds=time.perf_counter() - start)
+      wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+      answer = dict(seconds=wall, cpu_seconds=cpu)
     print(json.dumps(answer), flush=True)
 
 

@@ -3,20 +3,14 @@
 Ours is `train.step.make_train_step`, which `regionjax train` runs, with AdamW on all parameters;
 theirs (`benchmark_torch.py`) has CLIPVisionModel and LlamaForCausalLM of transformers, and between
 them modules of torch with the same sizes. The batch is the same for both: rows of one image, eight
-boxes and 256 tokens, a third of them supervised. `profile` says where our step's time goes.
+boxes and 256 tokens, a third of them supervised. `benchmark_profile.py` says where our step's time
+goes.
 """
 
 from __future__ import annotations
 
-import collections
-import gzip
-import json
-import re
-import tempfile
 import types
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -45,17 +39,6 @@ SIZES = dict(
   vocab=4096, width=384, layers=8, heads=6, mlp=1024, bins=2, ratio=2, region_width=256,
   position_width=64, rows=ROWS, tokens=TOKENS, regions=REGIONS, supervised=SUPERVISED,
 )  # fmt: skip
-# What an instruction's op_name holds -> the part that its time counts for; the first that fits.
-PARTS = (
-  ("head_loss", "output layer and loss"),
-  ("decoder.*attention", "decoder: attention"),
-  ("decoder", "decoder: maps, norms, MLP"),
-  ("vision", "vision encoder"),
-  ("regions", "region encoder"),
-  ("connector|fill_slots|splice", "connector and splice"),
-)
-_OP = re.compile(r"%?([\w.-]+) = .*?metadata=\{[^}]*op_name=\"([^\"]*)\"")
-_CONTAINERS = ("while", "call", "conditional", "tuple", "parameter")
 
 
 def make_config(dtype: str) -> Config:
@@ -127,7 +110,8 @@ class TrainingStep:
     self._state = jax.jit(make_init(config, init, optimizer))(jax.random.key(0), {})
     self.parameters = sum(x.size for x in jax.tree.leaves(self._state.trainable))
     self._batch = jax.device_put(make_batch(config))
-    self._step = make_train_step(config, forward, optimizer, make_mesh())
+    step = make_train_step(config, forward, optimizer, make_mesh())
+    self._step = step.lower(self._state, self._batch, np.float32(0.1)).compile()
 
   def __call__(self) -> float:
     self._state, metrics = self._step(self._state, self._batch, np.float32(0.1))
@@ -135,47 +119,4 @@ class TrainingStep:
 
   def text(self) -> str:
     """The compiled program."""
-    return self._step.lower(self._state, self._batch, np.float32(0.1)).compile().as_text()
-
-
-def profile(step: TrainingStep, steps: int = 5) -> list[tuple[str, float]]:
-  """(part, share of the computing time), largest first.
-
-  Times are of the program's instructions as the profiler saw them, on all threads; to which part
-  one belongs says its `op_name`, the path of modules that it comes from.
-  """
-  parts = {
-    match[1]: _part(match[2]) for match in map(_OP.search, step.text().splitlines()) if match
-  }
-  step()
-  with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder):
-      for _ in range(steps):
-        step()
-    spent: dict[str, float] = collections.defaultdict(float)
-    for event in _events(Path(folder)):
-      name = event.get("args", {}).get("hlo_op")
-      if name and not name.startswith(_CONTAINERS):
-        spent[parts.get(name, "unnamed")] += event.get("dur", 0.0)
-  total = sum(spent.values()) or 1.0
-  return sorted(((part, time / total) for part, time in spent.items()), key=lambda p: -p[1])
-
-
-def _part(op_name: str) -> str:
-  if re.search(r"adam|optim|sqrt", op_name) and "transpose(jvp" not in op_name:
-    return "optimiser"
-  found = (part for pattern, part in PARTS if re.search(pattern, op_name))
-  return next(found, "optimiser and other")
-
-
-def _events(folder: Path) -> list[dict[str, Any]]:
-  (path,) = folder.rglob("*.trace.json.gz")
-  with gzip.open(path, "rt", encoding="utf-8") as file:
-    return json.load(file)["traceEvents"]
-
-
-def print_profile(step: TrainingStep, say: Callable[[str], None] = print) -> None:
-  """The table of `profile`."""
-  say("where our step's time goes")
-  for part, share in profile(step):
-    say(f"  {part:<28} {share:6.1%}")
+    return self._step.as_text()

@@ -48,6 +48,7 @@ VERBS = {
   ),
   "evaluate": Verb("regionjax.evaluate.command", "measure a model on held-out questions"),
   "export": Verb("regionjax.train.export_command", "make a release folder from a training run"),
+  "pack": Verb("regionjax.data.pack_command", "pictures into a few large files, for buckets"),
   "convert": Verb("regionjax.weights.convert_command", "published weights to a release, and back"),
 }
 

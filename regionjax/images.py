@@ -66,6 +66,16 @@ def decode(source: str | Path | bytes | BinaryIO, *, max_pixels: int = MAX_PIXEL
   return to_rgb(open_picture(source, name, max_pixels=max_pixels), name)
 
 
+def size_in_header(path: str | Path) -> tuple[int, int] | None:
+  """Upright (width, height) by a file's header; None if it has no readable one."""
+  try:
+    with Image.open(path, formats=FORMATS) as image:
+      turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: lying on a side
+      return (image.height, image.width) if turned else image.size
+  except Exception:  # decoders raise anything on odd headers
+    return None
+
+
 def from_pil(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """A PIL image by the rules of `decode`: the pixels that its file gives, as far as it has one.
 

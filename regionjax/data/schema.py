@@ -23,7 +23,8 @@ SLOT = re.compile(r"\{(region|image):(\d+)\}")
 class ImageRef:
   """Where an image's pixels come from, without the pixels.
 
-  `kind` names a decoder: 'file' (key is a path) or 'scene' (key is 'split/seed/index').
+  `kind` names a decoder: 'file' (key is a path), 'record' (key is 'FILE#NUMBER', an encoded image
+  in an ArrayRecord file) or 'scene' (key is 'split/seed/index').
   `size` is (width, height) in pixels when known, else None.
   """
 

@@ -143,9 +143,10 @@ def train_step(
     forward, state.trainable, state.frozen, batch, accumulate=config.train.accumulate,
     shardings=shardings,
   )  # fmt: skip
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-  rate = learning_rate(config.train, state.step, progress)
-  trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    rate = learning_rate(config.train, state.step, progress)
+    trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)
   metrics = {
     "loss_sum": loss,
     "weight_sum": weight,

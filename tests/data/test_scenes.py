@@ -273,7 +273,7 @@ def test_unknown_sources_and_references():
     load_image(ImageRef("scene", "test-2-7"))
   with pytest.raises(DataError, match="scenes are square"):
     load_image(ImageRef("scene", "test/2/7", (128, 96)))
-  with pytest.raises(DataError, match="expected 'file' or 'scene'"):
+  with pytest.raises(DataError, match="expected 'file', 'record' or 'scene'"):
     load_image(ImageRef("url", "https://example.org/a.jpg"))
   with pytest.raises(IndexError):
     ScenesSource()[len(ScenesSource())]

@@ -29,7 +29,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_unknown_case_is_refused():
   result = run("--only", "vit,vae")
   assert result.returncode == 2
-  assert "unknown vae; known: roi_align, vit, decoder, region_module, training" in result.stderr
+  assert (
+    "unknown vae; known: roi_align, vit, decoder, region_module, training, input" in result.stderr
+  )
 
 
 @pytest.mark.slow
@@ -56,8 +58,39 @@ def test_a_training_step_is_timed_against_torch_and_profiled(tmp_path):
   rows = json.loads(table.read_text())["rows"]
   assert [r["size"].split(", ")[-1] for r in rows] == ["float32", "bfloat16"]
   assert all(r["ratio"] > 0 and 15e6 < r["parameters"] < 25e6 for r in rows), rows
-  shares = dict(re.findall(r"^  (\S.*?)  +([\d.]+)%$", result.stdout, re.MULTILINE))
-  assert {"decoder: maps, norms, MLP", "vision encoder", "output layer and loss"} <= shares.keys()
+  for low, high in (row["ratio_quartiles"] for row in rows):
+    assert 0 < low <= high
+  tables = result.stdout.split("where our step's time goes")[1:]
+  assert len(tables) == 2
+  for table in tables:
+    shares = {n: float(x) for n, x in re.findall(r"^ +(\S.*?)  +([\d.]+)%$", table, re.MULTILINE)}
+    assert shares["decoder: maps, norms, MLP"] > shares["decoder: attention"] > 2
+    assert shares["matrix products"] > 20 and shares["optimiser"] > 0.5
+    assert shares["vision encoder"] > 2 and shares["output layer and loss"] > 0.5
+    assert shares.get("unnamed", 0) + shares.get("other", 0) < 4
+
+
+@pytest.mark.slow
+def test_photographs_are_counted_per_core_and_against_a_pod(tmp_path):
+  compiled = tmp_path / "compiled.json"
+  pod = dict(
+    config="big", rows=16, row=dict(images=10), time=dict(step=2.0),
+    topology=dict(name="v5e:2x2", chips=4),
+  )  # fmt: skip
+  compiled.write_text(json.dumps(pod))
+  table = tmp_path / "table.json"
+  result = run(
+    "--only", "input", "--rounds", "1", "--json", str(table), "--compiled", str(compiled)
+  )
+  assert result.returncode == 0, result.stderr
+  rows = json.loads(table.read_text())["rows"]
+  assert [r["step"] for r in rows] == ["jpeg", "arrayrecord", "text"] * 2
+  assert all(r["ours_ms"] > 0 for r in rows) and rows[0]["ratio"] > 0 and rows[1]["ratio"] is None
+  assert "160 images in a step of 2.00 s are 80/s, 20.0/s a chip" in result.stdout
+  rate = 1e3 * rows[0]["images"] / rows[0]["ours_ms"]
+  assert f"{80 / rate:.2f} of 112 for decoding with 4 chips" in result.stdout
+  text = 1e3 * rows[2]["images"] / rows[2]["ours_ms"]
+  assert f"{80 / text:.2f} of the one thread" in result.stdout
 
 
 @pytest.mark.slow

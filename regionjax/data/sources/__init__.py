@@ -15,7 +15,9 @@ import numpy as np
 
 from regionjax.config import SourceConfig
 from regionjax.data.errors import DataError
+from regionjax.data.image_records import read_record
 from regionjax.data.schema import Example, ImageRef
+from regionjax.images import ImageError, decode
 
 # name -> module and class; imported when first used.
 SOURCES: dict[str, tuple[str, str]] = {
@@ -65,21 +67,25 @@ def load_image(ref: ImageRef) -> np.ndarray:
 
   Raises:
     regionjax.images.ImageError: a file that is missing or cannot be decoded.
-    DataError: an unknown kind of reference, a malformed scene key, or a file whose shape is not the
-      one that its annotations were made for.
+    DataError: an unknown kind of reference, a malformed scene key, a record that cannot be read, or
+      an image whose shape is not the one that its annotations were made for.
   """
   if ref.kind == "scene":
     from regionjax.data.sources.scenes import load_scene
 
     return load_scene(ref)
   if ref.kind == "file":
-    from regionjax.images import decode
-
     image = decode(ref.key)
-    if ref.size is not None:
-      _check_shape(ref, image)
-    return image
-  raise DataError(f"image reference of kind {ref.kind!r}: expected 'file' or 'scene'")
+  elif ref.kind == "record":
+    try:
+      image = decode(read_record(ref.key))
+    except ImageError as error:
+      raise ImageError(f"record {ref.key}: {error}") from error
+  else:
+    raise DataError(f"image reference of kind {ref.kind!r}: expected 'file', 'record' or 'scene'")
+  if ref.size is not None:
+    _check_shape(ref, image)
+  return image
 
 
 def _check_shape(ref: ImageRef, image: np.ndarray) -> None:

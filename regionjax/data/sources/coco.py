@@ -13,7 +13,7 @@ import numpy as np
 from regionjax.data import phrases
 from regionjax.data.errors import DataError
 from regionjax.data.scenes_world import Draw
-from regionjax.data.schema import Example, ImageRef, Turn
+from regionjax.data.schema import Example, Turn
 from regionjax.data.sources.coco_reader import Box, Photo, Report, read_coco
 from regionjax.mentions import escape
 from regionjax.regions import Region, RegionError
@@ -32,7 +32,7 @@ class CocoSource:
 
   Args:
     annotations: the JSON file.
-    images: the folder that its file names are relative to.
+    images: the folder that its file names are relative to, as it is or as `regionjax pack` made it.
     text: what the answer is: the box's 'category', its 'caption', or 'auto': the caption where the
       annotation has one, else the category.
     max_regions: most boxes in one example.
@@ -93,7 +93,7 @@ class CocoSource:
       regions.append(region)
       notes.append(_note(photo, k, region.kind))
     return Example(
-      images=(ImageRef("file", photo.path, photo.size),),
+      images=(photo.ref,),
       regions=tuple(regions),
       region_images=(0,) * len(regions),
       turns=tuple(turns),

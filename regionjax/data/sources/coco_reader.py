@@ -12,13 +12,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from regionjax.data.errors import DataError
+from regionjax.data.image_records import ImageRecords, is_packed
+from regionjax.data.schema import ImageRef
+from regionjax.images import size_in_header
 
 # Kept apart from defects: a good file may hold these, so they don't fail `strict`.
 HARMLESS = ("crowd", "duplicate", "image without boxes")
@@ -45,12 +46,17 @@ class Box:
 
 @dataclasses.dataclass
 class Photo:
-  """An image with its usable boxes. `size` is (width, height) in pixels."""
+  """An image with its usable boxes. `ref` has its size."""
 
   id: str
-  path: str
-  size: tuple[int, int]
+  ref: ImageRef
   boxes: list[Box] = dataclasses.field(default_factory=list)
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """(width, height) of the annotated image in pixels."""
+    assert self.ref.size is not None
+    return self.ref.size
 
 
 class Report:
@@ -83,7 +89,8 @@ def read_coco(annotations: str | Path, images: str | Path, text: str) -> tuple[l
 
   Args:
     annotations: the JSON file.
-    images: the folder that its `file_name`s are relative to.
+    images: the folder that its `file_name`s are relative to, of pictures or packed
+      (`image_records`).
     text: 'category', 'caption', or 'auto': the annotation's caption if it has one.
 
   Raises:
@@ -93,7 +100,8 @@ def read_coco(annotations: str | Path, images: str | Path, text: str) -> tuple[l
   if not Path(images).is_dir():
     raise DataError(f"coco images {str(images)!r}: no such folder; give the one with the pictures")
   report = Report(f"{annotations}:")
-  photos = _photos(_records(data, "images"), Path(images), report)
+  records = ImageRecords(images) if is_packed(images) else None
+  photos = _photos(_records(data, "images"), Path(images), records, report)
   categories = {
     str(c.get("id")): _tidy(c.get("name", "")) for c in _records(data, "categories", needed=False)
   }
@@ -118,7 +126,7 @@ def read_coco(annotations: str | Path, images: str | Path, text: str) -> tuple[l
     photo.boxes.append(box)
   for photo in photos.values():
     if not photo.boxes:
-      report.note("image without boxes", photo.path)
+      report.note("image without boxes", photo.ref.key)
   usable = [photo for photo in photos.values() if photo.boxes]
   report.used = {"images": len(usable), "boxes": sum(len(p.boxes) for p in usable)}
   return usable, report
@@ -152,33 +160,47 @@ def _records(data: Mapping[str, Any], key: str, *, needed: bool = True) -> Itera
   return (value for value in values if isinstance(value, dict))
 
 
-def _photos(records: Iterable[dict[str, Any]], folder: Path, report: Report) -> dict[str, Photo]:
+def _photos(
+  listed: Iterable[dict[str, Any]], folder: Path, records: ImageRecords | None, report: Report
+) -> dict[str, Photo]:
   photos: dict[str, Photo] = {}
-  for record in records:
+  for record in listed:
     image_id = str(record.get("id"))
     if image_id in photos:
       report.note("image id used twice", f"image {image_id}")
       continue
     given = str(record.get("file_name") or record.get("coco_url") or "")
-    path = _find(folder, given)
-    if path is None:
+    size = _size(record.get("width"), record.get("height"))
+    ref = _find_file(folder, given, size) if records is None else _find_record(records, given, size)
+    if ref is None:
       report.note("missing image", str(folder / given))
-      continue
-    size = _size(record.get("width"), record.get("height")) or _size_in_file(path)
-    if size is None:
-      report.note("unreadable image", path)
-      continue
-    photos[image_id] = Photo(image_id, path, size)
+    elif ref.size is None:
+      report.note("unreadable image", ref.key)
+    else:
+      photos[image_id] = Photo(image_id, ref)
   return photos
 
 
-def _find(folder: Path, given: str) -> str | None:
-  """The file of that name; without its folders; or by COCO 2017's name for a 2014 one."""
-  last = given.rsplit("/", 1)[-1]
-  for name in dict.fromkeys((given, last, last.rsplit("_", 1)[-1])):
-    if name and os.path.isfile(path := os.path.join(folder, name)):
-      return path
+def _find_file(folder: Path, given: str, size: tuple[int, int] | None) -> ImageRef | None:
+  for name in _names(given):
+    if os.path.isfile(path := os.path.join(folder, name)):
+      return ImageRef("file", path, size or size_in_header(path))
   return None
+
+
+def _find_record(
+  records: ImageRecords, given: str, size: tuple[int, int] | None
+) -> ImageRef | None:
+  for name in _names(given):
+    if name in records:
+      return ImageRef("record", records.key(name), size or records.sizes[name])
+  return None
+
+
+def _names(given: str) -> Iterator[str]:
+  """That name; without its folders; and COCO 2017's for a 2014 one."""
+  last = given.rsplit("/", 1)[-1]
+  return (name for name in dict.fromkeys((given, last, last.rsplit("_", 1)[-1])) if name)
 
 
 def _size(width: Any, height: Any) -> tuple[int, int] | None:
@@ -187,16 +209,6 @@ def _size(width: Any, height: Any) -> tuple[int, int] | None:
   except (TypeError, ValueError):
     return None
   return size if min(size) > 0 else None
-
-
-def _size_in_file(path: str) -> tuple[int, int] | None:
-  """Upright (width, height) from a file's header; None if it has no readable one."""
-  try:
-    with Image.open(path) as image:
-      turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: lying on a side
-      return (image.height, image.width) if turned else image.size
-  except Exception:  # decoders raise anything on odd headers
-    return None
 
 
 def _box(
