@@ -266,14 +266,14 @@ class ModelConfig:
   region: RegionConfig = RegionConfig()
   decoder: DecoderConfig = DecoderConfig()
   compute_dtype: str = "bfloat16"
-  # none | full | attention | qkv | mlp | dots: what each layer saves for its backward pass; the rest
-  # is computed again. Bytes are those of a token and a layer of the 7B decoder in bfloat16 (d
+  # none | full | dots | attention | qkv | mlp: what each layer saves for its backward pass; the
+  # rest is computed again. Bytes are those of a token and a layer of the 7B decoder in bfloat16 (d
   # channels, n query and k key heads of h, f hidden channels); attention weights are never saved.
   #   none       everything
   #   full       its input: 2d, 8 KiB. A whole forward pass is computed again
   #   attention  and attention's result and softmax statistics: 2nh + 4n more, 16 KiB in all. With
-  #              the kernel of a TPU (`ops.attention.splash`) attention's forward pass runs once; the
-  #              XLA form needs its weights and so computes it again all the same
+  #              a TPU's kernel (`ops.attention.splash`) attention's forward pass runs once; the XLA
+  #              form needs its weights and so computes it again all the same
   #   qkv        and q, k, v after rotary positions: 2h(n + 2k) more, 40 KiB
   #   mlp        and the output map's, gate's and up's products: 2d + 4f more, 91 KiB. No product of
   #              weights is computed again, only norms and other elementwise work

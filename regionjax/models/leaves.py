@@ -18,8 +18,8 @@ from regionjax.ops.lora import LowRank
 
 Array = jax.Array
 
-# What blocks name by `checkpoint_name`, in the order in which remat levels add it. 'attention' is its
-# result and, where a kernel computes it, its softmax's statistics.
+# What blocks name by `checkpoint_name`, in the order in which remat levels add it. 'attention' is
+# its result and, where a kernel computes it, its softmax's statistics.
 REMAT_NAMES: dict[str, tuple[str, ...]] = {
   "attention": ("attention",),
   "qkv": ("attention", "q", "k", "v"),
@@ -29,11 +29,11 @@ REMAT_NAMES: dict[str, tuple[str, ...]] = {
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   **{
     level: jax.checkpoint_policies.save_only_these_names(*names)
     for level, names in REMAT_NAMES.items()
   },
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 

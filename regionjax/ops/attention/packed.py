@@ -141,9 +141,7 @@ def _blocks_saving(q_bnth, k_bkth, v_bkth, segment_ids_bt):
 
 def _blocks_backward(q_bnth, k_bkth, v_bkth, segment_ids_bt, out, logsumexp, cotangent_bnth):
   del out, logsumexp  # computes both again
-  _, pullback = jax.vjp(
-    lambda *qkv: attend_blocks(*qkv, segment_ids_bt), q_bnth, k_bkth, v_bkth
-  )
+  _, pullback = jax.vjp(lambda *qkv: attend_blocks(*qkv, segment_ids_bt), q_bnth, k_bkth, v_bkth)
   return pullback(cotangent_bnth)
 
 
