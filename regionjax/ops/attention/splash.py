@@ -101,7 +101,8 @@ def _forward(segment_ids_bt, q_bnth, k_bkth, v_bkth, *, save: bool, interpret: b
   def row(q_nth, k_kth, v_kth, ids_t):
     return kernel(q_nth, k_kth, v_kth, segment_ids=_library().SegmentIds(ids_t, ids_t))
 
-  found = jax.vmap(row)(_scaled(q_bnth), k_bkth, v_bkth, segment_ids_bt)
+  with _precision(q_bnth.dtype):
+    found = jax.vmap(row)(_scaled(q_bnth), k_bkth, v_bkth, segment_ids_bt)
   return (found[0], found[1][0]) if save else found
 
 
@@ -121,15 +122,25 @@ def _backward(
     found = _library()._splash_attention_bwd(**settings, res=saved, do=g_nth)
     return found[3:6]
 
-  dq_bnth, dk_bkth, dv_bkth = jax.vmap(row)(
-    _scaled(q_bnth), k_bkth, v_bkth, segment_ids_bt, out_bnth, logsumexp_bnt, cotangent_bnth
-  )
+  with _precision(q_bnth.dtype):
+    dq_bnth, dk_bkth, dv_bkth = jax.vmap(row)(
+      _scaled(q_bnth), k_bkth, v_bkth, segment_ids_bt, out_bnth, logsumexp_bnt, cotangent_bnth
+    )
   return _scaled(dq_bnth), dk_bkth, dv_bkth
 
 
 def _scaled(q_bnth: Array) -> Array:
   """As in `dense.attend`; the kernel itself doesn't scale."""
   return q_bnth * q_bnth.shape[-1] ** -0.5
+
+
+def _precision(dtype: jnp.dtype):
+  """The caller's precision of matrix products, as far as the kernel can have it.
+
+  TPU kernels refuse products of bfloat16 in f32 precision, which for XLA are one exact pass.
+  """
+  chosen = jax.config.jax_default_matmul_precision
+  return jax.default_matmul_precision("default" if dtype == jnp.bfloat16 else chosen)
 
 
 def _kernel(shape: tuple[int, ...], *, save: bool, interpret: bool):
