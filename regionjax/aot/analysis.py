@@ -37,7 +37,9 @@ def measure(program: Program, topology: Topology, *, keep_text: list[str] | None
   start = time.perf_counter()
   traced = program.trace()
   jaxpr, _ = pe.dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.jaxpr.outvars))
-  asked = jaxpr_flops.jaxpr_flops(jaxpr, assumed_trips=program.assumed_trips)
+  asked = jaxpr_flops.jaxpr_flops(
+    jaxpr, assumed_trips=program.assumed_trips, platform=topology.chip.platform
+  )
   with jax.set_mesh(program.mesh):
     lowered = traced.lower()
   report["trace_seconds"] = time.perf_counter() - start

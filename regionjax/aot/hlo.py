@@ -195,7 +195,8 @@ def parse(text: str) -> Module:
   """
   computations: dict[str, Computation] = {}
   entry, current = "", None
-  for line in text.splitlines():
+  # A kernel's metadata is printed over several lines.
+  for line in re.sub(r"kernel_metadata=\{\n(.*)\n\}", r"kernel_metadata={\1}", text).splitlines():
     if line.startswith((" ", "\t")):
       match = _LINE.match(line)
       if match and current is not None:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from regionjax.aot import splash_costs
 from regionjax.aot.hlo import COLLECTIVES, HBM, Computation, Instruction, Leaf, Module
 from regionjax.aot.hlo_loops import Executions
 from regionjax.aot.jaxpr_flops import window_pairs
@@ -100,7 +101,9 @@ def _window(i: Instruction) -> dict[str, list[int]]:
 
 
 def _library_call(i: Instruction, computation: Computation) -> float:
-  """cuBLAS and cuDNN by their shapes, a Pallas kernel by the estimate that it carries."""
+  """cuBLAS, cuDNN and splash by their shapes, other Pallas kernels by the estimate they carry."""
+  if (flops := splash_costs.flops(i, computation)) is not None:
+    return flops
   target = i.attribute("custom_call_target").strip('"')
   operands = [computation.instructions[name].leaves[0] for name in i.operands]
   if "gemm" in target or "matmul" in target:
@@ -174,6 +177,8 @@ def _in_hbm(i: Instruction) -> int:
 
 def _bytes(module: Module, computation: Computation, i: Instruction) -> float:
   """Read and written in HBM by one run of an instruction."""
+  if (traffic := splash_costs.traffic(i, computation)) is not None:
+    return traffic
   operands = [computation.instructions[name] for name in i.operands]
   if i.opcode == "copy-start":  # its result is (target, source, context)
     return sum(leaf.bytes for leaf in i.leaves[:2] if leaf.space == HBM)

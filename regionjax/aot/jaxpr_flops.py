@@ -3,10 +3,12 @@
 The same rules as for the compiled text (`hlo_costs`): dots and convolutions, two per pair, padding
 counted and holes not (see `window_pairs`), the costliest branch of a conditional. What both count
 in two different ways must agree, or the compiler does work that the program doesn't ask for.
+Where a program chooses by platform, only the branch of the platform asked for counts.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -14,16 +16,20 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval as pe
 
+from regionjax.aot import splash_costs
 from regionjax.aot.errors import AotError
 
 
-def flops(function: Any, *args: Any, assumed_trips: int | None = None) -> float:
+def flops(
+  function: Any, *args: Any, assumed_trips: int | None = None, platform: str | None = None
+) -> float:
   """FLOPs of one call, over all devices.
 
   Args:
     function: to be traced; jitted or not.
     *args: arrays or ShapeDtypeStructs.
     assumed_trips: of loops that end when the data says so.
+    platform: 'tpu', 'cuda' or 'cpu', for programs that choose by it; None counts the costliest.
 
   Raises:
     AotError: such a loop, and no number is assumed.
@@ -31,40 +37,65 @@ def flops(function: Any, *args: Any, assumed_trips: int | None = None) -> float:
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   # Traced derivatives hold products that nothing reads; every compiler drops them.
   jaxpr, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-  return jaxpr_flops(jaxpr, assumed_trips=assumed_trips)
+  return jaxpr_flops(jaxpr, assumed_trips=assumed_trips, platform=platform)
 
 
-def jaxpr_flops(jaxpr: core.Jaxpr, *, assumed_trips: int | None = None) -> float:
+def jaxpr_flops(
+  jaxpr: core.Jaxpr, *, assumed_trips: int | None = None, platform: str | None = None
+) -> float:
   """As `flops`, of a jaxpr."""
-  return sum(_equation(e, assumed_trips) for e in jaxpr.eqns)
+  return sum(_equation(e, assumed_trips, platform) for e in jaxpr.eqns)
 
 
-def _equation(e: core.JaxprEqn, assumed: int | None) -> float:
+def _equation(e: core.JaxprEqn, assumed: int | None, platform: str | None) -> float:
   name, params = e.primitive.name, e.params
+  count = functools.partial(jaxpr_flops, assumed_trips=assumed, platform=platform)
   if name == "dot_general":
     return _dot(e)
   if name == "conv_general_dilated":
     return _conv(e)
   if name == "scan":
-    return params["length"] * jaxpr_flops(params["jaxpr"].jaxpr, assumed_trips=assumed)
+    return params["length"] * count(params["jaxpr"].jaxpr)
   if name == "cond":
-    return max(jaxpr_flops(b.jaxpr, assumed_trips=assumed) for b in params["branches"])
+    return max(count(b.jaxpr) for b in _branches(params, platform))
   if name == "while":
-    body = jaxpr_flops(params["body_jaxpr"].jaxpr, assumed_trips=assumed)
+    body = count(params["body_jaxpr"].jaxpr)
     if body and assumed is None:
       raise AotError(
         "the program has a loop with matrix products that ends when its data says so; say how many "
         "trips to count"
       )
     return body * (assumed or 1)
-  inner = sum(jaxpr_flops(j, assumed_trips=assumed) for j in _inner(params))
+  inner = sum(map(count, _inner(params)))
   if name == "shard_map":
     # Older releases of jax named the axes otherwise.
     axes = params.get("newly_manual_axes", params.get("manual_axes", ()))
     return inner * math.prod(params["mesh"].shape[axis] for axis in axes)
   if name == "pallas_call":
-    return inner * math.prod(params["grid_mapping"].grid)
+    grid = params["grid_mapping"].grid
+    return inner * math.prod(grid) * _share_run(str(params["name"]), grid)
   return inner
+
+
+def _branches(params: dict[str, Any], platform: str | None) -> list[core.ClosedJaxpr]:
+  """The branches of a conditional that may run on a platform."""
+  branches, platforms = params["branches"], params.get("branches_platforms")
+  if platform is None or platforms is None:
+    return list(branches)
+  for named in (platform, None):  # None stands for the default
+    for branch, names in zip(branches, platforms):
+      if names is None if named is None else named in (names or ()):
+        return [branch]
+  return list(branches)
+
+
+def _share_run(kernel: str, grid: tuple[int, ...]) -> float:
+  """Share of a Pallas kernel's grid in which it computes: less than 1 in causal attention."""
+  kind = splash_costs.kernel(kernel)
+  if kind is None:
+    return 1.0
+  queries, keys = (grid[-1], grid[-3]) if kind == "dkv" else grid[-2:]
+  return splash_costs.causal_share(queries, keys)
 
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:

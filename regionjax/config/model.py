@@ -266,8 +266,20 @@ class ModelConfig:
   region: RegionConfig = RegionConfig()
   decoder: DecoderConfig = DecoderConfig()
   compute_dtype: str = "bfloat16"
-  # none | full | dots: what the backward pass recomputes in each layer: nothing but attention
-  # weights, everything, or everything but the results of weight matmuls.
+  # none | full | dots | attention | qkv | mlp: what each layer saves for its backward pass; the
+  # rest is computed again. Bytes are those of a token and a layer of the 7B decoder in bfloat16 (d
+  # channels, n query and k key heads of h, f hidden channels); attention weights are never saved.
+  #   none       everything
+  #   full       its input: 2d, 8 KiB. A whole forward pass is computed again
+  #   attention  and attention's result and softmax statistics: 2nh + 4n more, 16 KiB in all. With
+  #              a TPU's kernel (`ops.attention.splash`) attention's forward pass runs once; the XLA
+  #              form needs its weights and so computes it again all the same
+  #   qkv        and q, k, v after rotary positions: 2h(n + 2k) more, 40 KiB
+  #   mlp        and the output map's, gate's and up's products: 2d + 4f more, 91 KiB. No product of
+  #              weights is computed again, only norms and other elementwise work
+  #   dots       the results of weight matmuls: as mlp without attention's, 83 KiB
+  # Each byte of a level spares the same work (2d FLOPs per element), so the next one pays wherever
+  # it fits. In the vision transformer, where it is trained, the same names mean the same.
   remat: str = "none"
   scan_layers: bool = True
 

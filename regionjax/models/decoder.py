@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from regionjax.config import DecoderConfig
 from regionjax.models.leaves import AdaptedKernel, Kernel, Scale, normal, remat, scan
@@ -81,7 +82,10 @@ class DecoderBlock(nn.Module):
       for name, n in (("q", cfg.heads), ("k", cfg.kv_heads), ("v", cfg.kv_heads))
     )
     q, k = rope.apply_rope(q, table), rope.apply_rope(k, table)
-    q, k, v = (constrain(a, "batch", "tensor") for a in (q, k, v))
+    q, k, v = (
+      checkpoint_name(constrain(a, "batch", "tensor"), name)
+      for a, name in ((q, "q"), (k, "k"), (v, "v"))
+    )
     with jax.named_scope("attention"):  # profiles tell it from the maps around it by this
       if cache is None:
         y_bnth = attention.attend_packed(q, k, v, segment_ids_bt)
@@ -95,6 +99,7 @@ class DecoderBlock(nn.Module):
         y_bnth = attention.attend(q, k, v, mask_bts)
     y_bte = attention.merge_heads(y_bnth)
     y_btd = mlp.linear(y_bte, *weights("o", (y_bte.shape[-1], d), residual))
+    y_btd = checkpoint_name(y_btd, "o")
     x_btd = constrain(x_btd + y_btd, "batch")
 
     y_btd = norms.rms_norm(x_btd, *Scale(d, name="norm2")(), eps=cfg.eps)

@@ -18,10 +18,22 @@ from regionjax.ops.lora import LowRank
 
 Array = jax.Array
 
+# What blocks name by `checkpoint_name`, in the order in which remat levels add it. 'attention' is
+# its result and, where a kernel computes it, its softmax's statistics.
+REMAT_NAMES: dict[str, tuple[str, ...]] = {
+  "attention": ("attention",),
+  "qkv": ("attention", "q", "k", "v"),
+  "mlp": ("attention", "q", "k", "v", "o", "gate", "up"),
+}
+
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  **{
+    level: jax.checkpoint_policies.save_only_these_names(*names)
+    for level, names in REMAT_NAMES.items()
+  },
 }
 
 
@@ -131,8 +143,7 @@ def remat(block: type[nn.Module], policy: str, *, scanned: bool) -> type[nn.Modu
 
   Args:
     block: a module class.
-    policy: 'none' (save everything), 'full' (save only the block's input) or 'dots' (save the
-      results of weight matmuls, recompute attention and elementwise work).
+    policy: a key of REMAT_POLICIES; what each saves is said at `ModelConfig.remat`.
     scanned: inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier
       that prevents that (and costs fusions) is left out.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from regionjax.config import VisionConfig
 from regionjax.models.leaves import ConvKernel, Kernel, Scale, normal, remat, scan
@@ -33,13 +34,18 @@ class VisionBlock(nn.Module):
       attention.split_heads(mlp.linear(y_bnc, *Kernel((c, c), use_bias=True, name=n)()), cfg.heads)
       for n in ("q", "k", "v")
     )
-    q, k, v = (constrain(a, "batch", "tensor") for a in (q, k, v))
-    y_bnc = attention.merge_heads(attention.attend(q, k, v))
+    q, k, v = (
+      checkpoint_name(constrain(a, "batch", "tensor"), name)
+      for a, name in ((q, "q"), (k, "k"), (v, "v"))
+    )
+    y_bnc = attention.merge_heads(checkpoint_name(attention.attend(q, k, v), "attention"))
     y_bnc = mlp.linear(y_bnc, *Kernel((c, c), use_bias=True, gain=residual, name="o")())
+    y_bnc = checkpoint_name(y_bnc, "o")
     x_bnc = constrain(x_bnc + y_bnc, "batch")
 
     y_bnc = norms.layer_norm(x_bnc, *Scale(c, use_bias=True, name="norm2")(), eps=cfg.eps)
     y_bnf = mlp.linear(y_bnc, *Kernel((c, cfg.mlp_width), use_bias=True, name="up")())
+    y_bnf = checkpoint_name(y_bnf, "up")
     y_bnf = constrain(mlp.activation(cfg.activation)(y_bnf), "batch", None, "tensor")
     down = Kernel((cfg.mlp_width, c), use_bias=True, gain=residual, name="down")()
     x_bnc = constrain(x_bnc + mlp.linear(y_bnf, *down), "batch")

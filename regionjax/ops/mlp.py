@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from regionjax.ops.lora import LowRank, lora
 
@@ -91,6 +92,11 @@ def gated(
   name: str,
   updates: tuple[LowRank | None, LowRank | None] = (None, None),
 ) -> Array:
-  """The hidden channels of `gated_mlp`, [..., F]: act(x @ gate) * (x @ up)."""
+  """The hidden channels of `gated_mlp`, [..., F]: act(x @ gate) * (x @ up).
+
+  Remat policies can name both products, 'gate' and 'up'.
+  """
   gate, up = updates
-  return activation(name)(linear(x_d, gate_df, update=gate)) * linear(x_d, up_df, update=up)
+  gate_f = checkpoint_name(linear(x_d, gate_df, update=gate), "gate")
+  up_f = checkpoint_name(linear(x_d, up_df, update=up), "up")
+  return activation(name)(gate_f) * up_f

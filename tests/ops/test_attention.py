@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from regionjax.ops import attention
+from regionjax.ops.attention import packed
 
 
 def by_hand(q, k, v, mask):
@@ -54,21 +55,21 @@ def test_blocks_of_queries_change_nothing(length, monkeypatch):
   mask = np.tril(np.ones((length, length), bool))
   mask = mask[None] & (np.asarray(segments)[:, :, None] == np.asarray(segments)[:, None])
   whole = jax.jit(attention.attend)(q, k, v, mask)
-  monkeypatch.setattr(attention, "MIN_BLOCKED", 8)
+  monkeypatch.setattr(packed, "MIN_BLOCKED", 8)
   jaxpr = str(jax.make_jaxpr(attention.attend_packed)(q, k, v, segments))
-  assert jaxpr.count("dot_general") == 2 * attention.QUERY_BLOCKS
+  assert jaxpr.count("dot_general") == 2 * packed.QUERY_BLOCKS
   blocked = jax.jit(lambda *a: attention.attend_packed(*a))(q, k, v, segments)
   np.testing.assert_allclose(blocked, whole, atol=1e-6)
 
 
 def test_packed_mask_is_causal_inside_segments():
   segments = np.asarray([[1, 1, 2, 2, 2, 0, 0]])
-  packed = jax.jit(attention.packed_mask, static_argnames=("start", "end"))
-  mask = np.asarray(packed(jnp.asarray(segments), start=0, end=7))[0]
+  jitted = jax.jit(attention.packed_mask, static_argnames=("start", "end"))
+  mask = np.asarray(jitted(jnp.asarray(segments), start=0, end=7))[0]
   for i in range(7):
     for j in range(7):
       assert mask[i, j] == (j <= i and segments[0, i] == segments[0, j])
-  part = packed(jnp.asarray(segments), start=3, end=5)[0]
+  part = jitted(jnp.asarray(segments), start=3, end=5)[0]
   np.testing.assert_array_equal(part, mask[3:5, :5])
 
 
