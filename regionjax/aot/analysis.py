@@ -47,13 +47,16 @@ def measure(program: Program, topology: Topology, *, keep_text: list[str] | None
     lowered = traced.lower()
   report["trace_seconds"] = time.perf_counter() - start
   report["flops"] = {"model": program.model_flops, "jaxpr": asked}
-  start = time.perf_counter()
+  start, cpu = time.perf_counter(), time.process_time()
+  failure = compiled = None
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    report["compile_seconds"] = time.perf_counter() - start
-    return Report(report | {"memory": _too_large(error, program, topology), "fits": False})
+    failure = error
   report["compile_seconds"] = time.perf_counter() - start
+  report["compile_cpu_seconds"] = time.process_time() - cpu  # of all threads
+  if compiled is None:
+    return Report(report | {"memory": _too_large(failure, program, topology), "fits": False})
   text = compiled.as_text()
   if keep_text is not None:
     keep_text.append(text)
@@ -221,7 +224,7 @@ def _memory(stats: Any, program: Program, topology: Topology) -> dict[str, Any]:
   }
 
 
-def _too_large(error: Exception, program: Program, topology: Topology) -> dict[str, Any]:
+def _too_large(error: Exception | None, program: Program, topology: Topology) -> dict[str, Any]:
   """What the compiler says it would need.
 
   Raises:

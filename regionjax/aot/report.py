@@ -67,19 +67,23 @@ def _facts(v: dict[str, Any]) -> list[tuple[str, str]]:
   verdict = "fits" if v["fits"] else "DOES NOT FIT"
   peak = f"{_gib(memory['peak'])} of {_gib(memory['usable'])} GiB" if memory["peak"] else "unknown"
   facts = [("memory per chip", f"{verdict}: {peak}")]
-  facts.append(("  of which", ", ".join(f"{k} {_gib(n)}" for k, n in memory["parts"].items())))
+  parts = ", ".join(f"{k} {_gib(n)}" for k, n in memory["parts"].items())
   if "temporaries" in memory:
-    more = ("temporaries", "code", "padding")
-    facts.append(("", ", ".join(f"{name} {_gib(memory[name])}" for name in more)))
+    parts += f", padding {_gib(memory['padding'])}"
+    facts.append(("  temporaries, code", f"{_gib(memory['temporaries'])}, {_gib(memory['code'])}"))
+  total = memory.get("arguments", sum(memory["parts"].values()))
+  facts.append(("  arguments", f"{_gib(total)}: {parts}"))
   if v["program"] == "train":
     facts.append((
       "batch",
       f"{v['rows']} rows ({v['rows_per_chip']:g} per chip) of {row['tokens']} tokens, "
       f"{row['images']} images, {row['regions']} regions; remat {v['remat']}",
     ))  # fmt: skip
-  facts.append(
-    ("compiled in", f"{v['compile_seconds']:.0f} s, traced in {v['trace_seconds']:.0f} s")
-  )
+  facts.append((
+    "compiled in",
+    f"{v['compile_seconds']:.0f} s ({v['compile_cpu_seconds']:.0f} s of CPU), traced in "
+    f"{v['trace_seconds']:.0f} s",
+  ))  # fmt: skip
   facts += _work_facts(v) if "time" in v else []
   found = v["versions"]
   facts.append(("versions", ", ".join(f"{name} {text}" for name, text in found.items())))
@@ -106,10 +110,11 @@ def _work_facts(v: dict[str, Any]) -> list[tuple[str, str]]:
       f"{time['step']:.4g} s with everything overlapped, {time['serial']:.4g} s with nothing; "
       f"bound by {time['bottleneck']}",
     ),
-    ("compiler's estimate", f"{time['compiler']:.4g} s without communication"),
     ("MFU", f"{v['mfu']:.1%} at most, {v['mfu_serial']:.1%} without overlap"),
     ("tokens/s per chip", f"{v['tokens_per_second_per_chip']:.0f} at most"),
   ]
+  if time["compiler"]:  # only a TPU's says
+    facts.append(("compiler's estimate", f"{time['compiler']:.4g} s without communication"))
   if v["fsdp"]:
     f = v["fsdp"]
     facts.append((
