@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -9,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.interpreters import partial_eval as pe
+from jax.sharding import NamedSharding
 
 from regionjax.aot import hlo, hlo_costs, jaxpr_flops, roofline
 from regionjax.aot.collectives import Collective, collectives, gathers_per_parameter
@@ -17,6 +21,7 @@ from regionjax.aot.hlo_loops import Executions
 from regionjax.aot.programs import Program, bytes_per_device
 from regionjax.aot.report import SCHEMA, Report
 from regionjax.aot.topology import Topology, places, version_warning, versions
+from regionjax.config import to_dict
 
 TOLERANCE = 0.03  # between what the jaxpr asks for and what the compiled text does
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -44,19 +49,28 @@ def measure(program: Program, topology: Topology, *, keep_text: list[str] | None
     lowered = traced.lower()
   report["trace_seconds"] = time.perf_counter() - start
   report["flops"] = {"model": program.model_flops, "jaxpr": asked}
-  start = time.perf_counter()
+  start, cpu = time.perf_counter(), time.process_time()
+  failure = compiled = None
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    report["compile_seconds"] = time.perf_counter() - start
-    return Report(report | {"memory": _too_large(error, program, topology), "fits": False})
+    failure = error
   report["compile_seconds"] = time.perf_counter() - start
+  report["compile_cpu_seconds"] = time.process_time() - cpu  # of all threads
+  if compiled is None:
+    return Report(report | {"memory": _too_large(failure, program, topology), "fits": False})
   text = compiled.as_text()
   if keep_text is not None:
     keep_text.append(text)
   memory = _memory(compiled.memory_analysis(), program, topology)
   report |= {"memory": memory, "fits": memory["peak"] <= topology.chip.memory}
   return Report(report | _work(program, topology, text, report))
+
+
+def fingerprint(program: Program, topology: Topology) -> str:
+  """Differs where two training steps' settings, machines or compilers do."""
+  what = [to_dict(program.config), topology.name, topology.slices, versions(topology.chip.platform)]
+  return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def _head(program: Program, topology: Topology) -> dict[str, Any]:
@@ -163,11 +177,14 @@ def _fsdp(talk: Sequence[Collective], program: Program) -> dict[str, Any]:
     return {}
   state = program.args[0]
   elements: dict[str, int] = {}
+  missing: dict[str, int] = {}
   for field in ("trainable", "frozen"):
     leaves = jax.tree_util.tree_flatten_with_path(getattr(state, field))[0]
     for path, leaf in leaves:
-      elements[f"state.{field}{jax.tree_util.keystr(path)}"] = leaf.size
-  gathers = gathers_per_parameter(talk, elements)
+      name = f"state.{field}{jax.tree_util.keystr(path)}"
+      elements[name] = leaf.size
+      missing[name] = _missing(leaf.sharding, leaf.shape)
+  gathers = gathers_per_parameter(talk, missing)
   trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
   large = [c for c in talk if c.kind in ("all-reduce", "reduce-scatter")]
   whole = sum(elements.values())
@@ -181,6 +198,13 @@ def _fsdp(talk: Sequence[Collective], program: Program) -> dict[str, Any]:
     "reductions_mean": sum(c.times * c.elements for c in large) / trained,
     "gathers": dict(sorted(gathers.items(), key=lambda item: -item[1])),
   }
+
+
+def _missing(sharding: NamedSharding, shape: tuple[int, ...]) -> int:
+  """Elements that a device lacks of the part that its place on `tensor` needs."""
+  own = math.prod(sharding.shard_shape(shape))
+  axes = [name for dim in sharding.spec for name in (dim if isinstance(dim, tuple) else (dim,))]
+  return own * (sharding.mesh.shape["fsdp"] - 1) if "fsdp" in axes else 0
 
 
 def _memory(stats: Any, program: Program, topology: Topology) -> dict[str, Any]:
@@ -202,7 +226,7 @@ def _memory(stats: Any, program: Program, topology: Topology) -> dict[str, Any]:
   }
 
 
-def _too_large(error: Exception, program: Program, topology: Topology) -> dict[str, Any]:
+def _too_large(error: Exception | None, program: Program, topology: Topology) -> dict[str, Any]:
   """What the compiler says it would need.
 
   Raises:

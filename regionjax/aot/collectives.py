@@ -242,18 +242,19 @@ def _unchanged(body: Computation, index: int) -> bool:
   return same and i.operands[0] == body.parameters[0].name
 
 
-def gathers_per_parameter(
-  found: Sequence[Collective], elements: dict[str, int]
-) -> dict[str, float]:
+def gathers_per_parameter(found: Sequence[Collective], missing: dict[str, int]) -> dict[str, float]:
   """How often each argument of the program is gathered as a whole.
+
+  What a device receives is counted: a gather in two stages (first among the devices of a row of the
+  torus, then between the rows) is one.
 
   Args:
     found: from `collectives`.
-    elements: path of an argument -> its elements over all devices.
+    missing: path of an argument -> its elements that a device lacks and gathers to use it.
   """
   counts: dict[str, float] = {}
   for one in found:
-    if one.kind == "all-gather" and one.parameter in elements:
-      share = one.times * one.elements / elements[one.parameter]
-      counts[one.parameter] = counts.get(one.parameter, 0.0) + share
+    if one.kind == "all-gather" and missing.get(one.parameter):
+      received = one.times * one.elements * (1 - 1 / one.group_size)
+      counts[one.parameter] = counts.get(one.parameter, 0.0) + received / missing[one.parameter]
   return counts

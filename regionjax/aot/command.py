@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import queue
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,34 +160,93 @@ def _search(
 ) -> int:
   """Compiles many; the exit code says whether any fits."""
   from regionjax.aot import search
+  from regionjax.config import ConfigError
   from regionjax.models.leaves import REMAT_POLICIES
 
   if args.program != "train":
     raise AotError("--search looks for the batch of a training step; leave --program out")
   if args.mesh is not None or args.rows_per_chip is not None:
     raise AotError("--search chooses mesh and rows itself; leave out --mesh and --rows-per-chip")
-  per_slice = topology.chips // topology.slices
+  candidates = list(
+    search.candidates(topology.chips // topology.slices, remats=tuple(REMAT_POLICIES))
+  )
 
   def compile_rows(candidate: search.Candidate, rows: int) -> Report:
     shape = f"data={candidate.data},fsdp={candidate.fsdp},tensor={candidate.tensor}"
     model = dataclasses.replace(config.model, remat=candidate.remat)
     chosen = _meshed(dataclasses.replace(config, model=model), topology, shape)
     parts = candidate.data * candidate.fsdp * topology.slices * config.train.accumulate
-    report = _compile(with_rows(chosen, rows * parts), topology, devices, args)
+    report, known = _compiled_once(with_rows(chosen, rows * parts), topology, devices, args)
     peak = report["memory"]["peak"] / topologies.GIB
     verdict = "fits" if report.fits else "too large"
-    print(f"{candidate}, {rows} rows: {peak:.2f} GiB, {verdict}", file=sys.stderr, flush=True)
+    how = "known" if known else f"{report['compile_seconds']:.0f} s"
+    number = candidates.index(candidate) + 1
+    print(
+      f"[{number}/{len(candidates)}] {candidate}, {rows} rows: {peak:.2f} GiB, {verdict} ({how})",
+      file=sys.stderr, flush=True,
+    )  # fmt: skip
     return report
 
-  found = [
-    search.largest(candidate, compile_rows)
-    for candidate in search.candidates(per_slice, remats=tuple(REMAT_POLICIES))
-  ]
-  print(f"{config.name} on {topology.name}, rows per part of the batch:\n{search.table(found)}")
+  found: list[search.Found] = []
+  stopped = False
+  for candidate in candidates:
+    try:
+      found.append(search.largest(candidate, compile_rows))
+    except ConfigError as error:  # a mesh that can't split this model
+      print(f"{candidate}: left out, {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+      stopped = True
+      break
+  if found:
+    print(f"{config.name} on {topology.name}, rows per part of the batch:\n{search.table(found)}")
+  if stopped:
+    kept = f"what was compiled is in {args.out}: give the same command to go on"
+    print(f"interrupted; {kept if args.out else 'nothing is kept without --out'}", file=sys.stderr)
+    return 130
   if args.out is not None:
     for one in found:
       _write(one.report, args.out, None)
   return 0 if any(one.rows for one in found) else 1
+
+
+def _compiled_once(
+  config: Config, topology: topologies.Topology, devices: list[Any], args: argparse.Namespace
+) -> tuple[Report, bool]:
+  """The report of a compilation, and whether `--out` had it already, of the same settings."""
+  from regionjax.aot import analysis, programs
+  from regionjax.aot.report import read
+  from regionjax.mesh import from_config
+
+  program = programs.train(config, from_config(config.train.mesh, devices=devices))
+  if args.out is None:
+    return _interruptible(lambda: analysis.measure(program, topology)), False
+  path = args.out / "search" / f"{analysis.fingerprint(program, topology)}.json"
+  if (report := read(path)) is not None:
+    return report, True
+  report = _interruptible(lambda: analysis.measure(program, topology))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  report.write(path)
+  return report, False
+
+
+def _interruptible(compute: Callable[[], Report]) -> Report:
+  """Computes in a thread that isn't waited for when Ctrl-C comes: a compilation takes minutes.
+
+  Python only tells of a Ctrl-C between its own instructions, and the compiler is none.
+  """
+  done: queue.SimpleQueue[Report | BaseException] = queue.SimpleQueue()
+
+  def work() -> None:
+    try:
+      done.put(compute())
+    except BaseException as error:  # handed to the thread that waits
+      done.put(error)
+
+  threading.Thread(target=work, daemon=True).start()
+  result = done.get()
+  if isinstance(result, BaseException):
+    raise result
+  return result
 
 
 def _write(report: Report, folder: Path, text: list[str] | None) -> None:

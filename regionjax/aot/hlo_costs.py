@@ -70,6 +70,9 @@ def instruction_flops(i: Instruction, computation: Computation) -> float:
     return _convolution(i, lhs, rhs, i.leaves[0])
   if i.opcode == "custom-call":
     return _library_call(i, computation)
+  if i.opcode == "reduce" and i.op_name.endswith("/dot_general"):
+    # A product with a vector: multiplied and summed by vector units.
+    return 2.0 * computation.instructions[i.operands[0]].leaves[0].elements
   return 0.0
 
 

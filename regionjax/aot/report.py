@@ -53,24 +53,37 @@ class Report:
     return "\n".join(lines)
 
 
+def read(path: Path) -> Report | None:
+  """A written report; None where there is none, or one of another release."""
+  try:
+    values = json.loads(path.read_text())
+  except (FileNotFoundError, ValueError):
+    return None
+  return Report(values) if values.get("schema") == SCHEMA else None
+
+
 def _facts(v: dict[str, Any]) -> list[tuple[str, str]]:
   memory, row = v["memory"], v["row"]
   verdict = "fits" if v["fits"] else "DOES NOT FIT"
   peak = f"{_gib(memory['peak'])} of {_gib(memory['usable'])} GiB" if memory["peak"] else "unknown"
   facts = [("memory per chip", f"{verdict}: {peak}")]
-  facts.append(("  of which", ", ".join(f"{k} {_gib(n)}" for k, n in memory["parts"].items())))
+  parts = ", ".join(f"{k} {_gib(n)}" for k, n in memory["parts"].items())
   if "temporaries" in memory:
-    more = ("temporaries", "code", "padding")
-    facts.append(("", ", ".join(f"{name} {_gib(memory[name])}" for name in more)))
+    parts += f", padding {_gib(memory['padding'])}"
+    facts.append(("  temporaries, code", f"{_gib(memory['temporaries'])}, {_gib(memory['code'])}"))
+  total = memory.get("arguments", sum(memory["parts"].values()))
+  facts.append(("  arguments", f"{_gib(total)}: {parts}"))
   if v["program"] == "train":
     facts.append((
       "batch",
       f"{v['rows']} rows ({v['rows_per_chip']:g} per chip) of {row['tokens']} tokens, "
       f"{row['images']} images, {row['regions']} regions; remat {v['remat']}",
     ))  # fmt: skip
-  facts.append(
-    ("compiled in", f"{v['compile_seconds']:.0f} s, traced in {v['trace_seconds']:.0f} s")
-  )
+  facts.append((
+    "compiled in",
+    f"{v['compile_seconds']:.0f} s ({v['compile_cpu_seconds']:.0f} s of CPU), traced in "
+    f"{v['trace_seconds']:.0f} s",
+  ))  # fmt: skip
   facts += _work_facts(v) if "time" in v else []
   found = v["versions"]
   facts.append(("versions", ", ".join(f"{name} {text}" for name, text in found.items())))
@@ -97,10 +110,11 @@ def _work_facts(v: dict[str, Any]) -> list[tuple[str, str]]:
       f"{time['step']:.4g} s with everything overlapped, {time['serial']:.4g} s with nothing; "
       f"bound by {time['bottleneck']}",
     ),
-    ("compiler's estimate", f"{time['compiler']:.4g} s without communication"),
     ("MFU", f"{v['mfu']:.1%} at most, {v['mfu_serial']:.1%} without overlap"),
     ("tokens/s per chip", f"{v['tokens_per_second_per_chip']:.0f} at most"),
   ]
+  if time["compiler"]:  # only a TPU's says
+    facts.append(("compiler's estimate", f"{time['compiler']:.4g} s without communication"))
   if v["fsdp"]:
     f = v["fsdp"]
     facts.append((
@@ -128,11 +142,11 @@ def _gib(count: float) -> str:
   return f"{count / GIB:.2f}"
 
 
-_COLOURS = ("#3b6ea8", "#8fb4dc", "#6a9a58", "#d9b44a", "#c06c4b", "#9a9a9a", "#d0d0d0")
+_COLOURS = ("#3b6ea8", "#8fb4dc", "#6a9a58", "#d9b44a", "#c06c4b", "#7d5a9b", "#9a9a9a", "#d0d0d0")
 
 
 def picture(report: Report, path: Path) -> None:
-  """Two bars: what fills a chip's memory, and what a step's time would be spent on.
+  """Two charts: what fills a chip's memory, and what a step's time would be spent on.
 
   Args:
     report: of a program that fits or not.
@@ -142,40 +156,60 @@ def picture(report: Report, path: Path) -> None:
   from matplotlib.figure import Figure
 
   v = report.values
-  figure = Figure(figsize=(8, 3.4), layout="constrained")
+  figure = Figure(figsize=(8, 3.8), layout="constrained")
   FigureCanvasAgg(figure)
   upper, lower = figure.subplots(2, 1)
-  memory = dict(v["memory"]["parts"])
-  for name in ("temporaries", "code", "padding"):
-    if name in v["memory"]:
-      memory[name] = v["memory"][name]
-  _bar(upper, {name: count / GIB for name, count in memory.items()}, "GiB per chip")
-  upper.axvline(v["memory"]["usable"] / GIB, color="black", lw=1)
-  upper.annotate("usable", (v["memory"]["usable"] / GIB, 0.45), fontsize=8, ha="right")
+  _draw_memory(upper, v["memory"])
   if "time" in v:
-    t = v["time"]
-    parts = {"compute": t["compute"], "HBM": t["hbm"], "links": t["ici"], "network": t["dcn"]}
-    names = [name for name, seconds in parts.items() if seconds > 0]
-    lower.barh(names, [parts[n] for n in names], color=_COLOURS[: len(names)], height=0.6)
-    lower.invert_yaxis()
-    lower.axvline(t["step"], color="black", lw=1)
-    lower.set_xlabel("seconds at peak (line: the step, everything overlapped)", fontsize=8)
+    _draw_time(lower, v["time"], v["mfu"])
   else:
     lower.set_axis_off()
   for axes in (upper, lower):
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-  figure.suptitle(report.title, fontsize=10)
+  verdict = "" if v["fits"] else ": DOES NOT FIT"
+  figure.suptitle(f"{report.title}{verdict}", fontsize=10)
   figure.savefig(path, dpi=150)
 
 
-def _bar(axes: Any, parts: dict[str, float], label: str) -> None:
-  """One stacked bar with a legend."""
+def _draw_memory(axes: Any, memory: dict[str, Any]) -> None:
+  """One stacked bar; of a program that doesn't fit, what isn't known in parts is one."""
+  parts = dict(memory["parts"])
+  parts |= {name: memory[name] for name in ("temporaries", "code", "padding") if name in memory}
+  rest = memory["peak"] - sum(parts.values())
+  if rest > 0.005 * memory["peak"]:
+    parts["outputs" if "temporaries" in memory else "temporaries and code"] = rest
   left = 0.0
-  for (name, size), colour in zip(parts.items(), _COLOURS):
+  for (name, count), colour in zip(parts.items(), _COLOURS):
+    size = count / GIB
     axes.barh([0], [size], left=left, color=colour, height=0.6, label=f"{name} {size:.2f}")
     left += size
-  axes.set_ylim(-0.5, 0.9)
+  usable = memory["usable"] / GIB
+  axes.axvline(usable, color="black", lw=1)
+  axes.annotate(f"usable {usable:.2f} ", (usable, 0.4), fontsize=8, ha="right")
+  axes.set_ylim(-0.5, 1.1)
   axes.set_yticks([])
-  axes.set_xlabel(label, fontsize=8)
-  axes.legend(fontsize=7, ncols=3, frameon=False, loc="upper left")
+  axes.set_xlabel(f"GiB per chip, {left:.2f} at the peak", fontsize=8)
+  axes.legend(fontsize=7, ncols=4, frameon=False, loc="upper left")
+
+
+def _draw_time(axes: Any, t: dict[str, Any], mfu: float) -> None:
+  """A bar for each part of the machine, and the step that they allow."""
+  parts = {
+    "compute": t["compute"], "HBM": t["hbm"], "chip": t["kernels"], "links": t["ici"],
+    "network": t["dcn"],
+  }  # fmt: skip
+  parts = {name: seconds for name, seconds in parts.items() if seconds > 0}
+  colours = dict(zip(("compute", "HBM", "chip", "links", "network"), _COLOURS))
+  bars = axes.barh(
+    list(parts), list(parts.values()), color=[colours[name] for name in parts], height=0.6
+  )
+  axes.bar_label(bars, labels=[f" {seconds:.3g}" for seconds in parts.values()], fontsize=8)
+  axes.invert_yaxis()
+  axes.axvline(t["step"], color="black", lw=1)
+  axes.set_xlim(0, 1.1 * max(t["step"], *parts.values()))
+  axes.set_xlabel(
+    f"seconds at peak; chip: compute or HBM, kernel by kernel; line: the step with everything "
+    f"overlapped, MFU {mfu:.1%}",
+    fontsize=8,
+  )

@@ -72,32 +72,39 @@ def largest(
   reports: dict[int, Report] = {}
 
   def fits(rows: int) -> bool:
-    if rows not in reports:
-      reports[rows] = compile_rows(candidate, rows)
+    reports[rows] = compile_rows(candidate, rows)
     return reports[rows].fits
 
-  best = 0
+  best, over = 0, limit + 1
   if fits(1):
     best = 1
     if limit > 1 and fits(2):
-      best, over = 2, limit + 1
+      best, halve = 2, False
       while best + 1 < over:
-        guess = min(max(_line(reports, best), best + 1), over - 1)
+        guess = (best + over) // 2 if halve else _line(reports, best)
+        guess = min(max(guess, best + 1), over - 1)
         if fits(guess):
           best = guess
         else:
           over = guess
+        # Every second guess halves, once one was wrong: where memory is no line it still ends soon.
+        halve = over <= limit and not halve
   return Found(candidate, best, reports[max(best, 1)], tuple(reports))
 
 
 def _line(reports: dict[int, Report], best: int) -> int:
-  """Rows that the two largest fitting reports' memory, drawn on, leaves room for."""
-  known = sorted(rows for rows in reports if reports[rows].fits and rows <= best)[-2:]
-  low, high = (reports[rows]["memory"] for rows in known)
-  slope = (high["peak"] - low["peak"]) / (known[1] - known[0])
+  """Rows that a line through the memory of two reports leaves room for.
+
+  One is the largest that fits. The other is the smallest that doesn't, where the compiler said by
+  how much, or else the second largest that fits.
+  """
+  peak = {rows: report["memory"]["peak"] for rows, report in reports.items()}
+  over = min((rows for rows in reports if rows > best and peak[rows]), default=None)
+  other = over or max(rows for rows in reports if rows < best)
+  slope = (peak[other] - peak[best]) / (other - best)
   if slope <= 0:
     return MAX_ROWS
-  return int(known[1] + (high["usable"] - high["peak"]) / slope)
+  return int(best + (reports[best]["memory"]["usable"] - peak[best]) / slope)
 
 
 def table(found: Sequence[Found]) -> str:

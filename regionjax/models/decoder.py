@@ -6,7 +6,7 @@ channels, v vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from regionjax.config import DecoderConfig
 from regionjax.models.leaves import AdaptedKernel, Kernel, Scale, normal, remat, scan
 from regionjax.ops import attention, mlp, norms, rope
-from regionjax.partition.activations import constrain
+from regionjax.partition.activations import constrain, whole
 
 Array = jax.Array
 
@@ -73,12 +73,15 @@ class DecoderBlock(nn.Module):
     d, f = cfg.width, cfg.mlp_width
     residual = (2 * cfg.layers) ** -0.5
 
-    def weights(name: str, shape: tuple[int, int], gain: float = 1.0):
-      return AdaptedKernel(shape, cfg.lora, gain, name=name)()
+    def weights(name: str, shape: tuple[int, int], lies: Any, gain: float = 1.0):
+      kernel, bias, update = AdaptedKernel(shape, cfg.lora, gain, name=name)()
+      return whole(kernel, x_btd.dtype, *lies), bias, update
 
     y_btd = norms.rms_norm(x_btd, *Scale(d, name="norm1")(), eps=cfg.eps)
     q, k, v = (
-      attention.split_heads(mlp.linear(y_btd, *weights(name, (d, n * cfg.head_dim))), n)
+      attention.split_heads(
+        mlp.linear(y_btd, *weights(name, (d, n * cfg.head_dim), ("fsdp", ("tensor", n)))), n
+      )
       for name, n in (("q", cfg.heads), ("k", cfg.kv_heads), ("v", cfg.kv_heads))
     )
     q, k = rope.apply_rope(q, table), rope.apply_rope(k, table)
@@ -98,14 +101,16 @@ class DecoderBlock(nn.Module):
         mask_bts = attention.cache_mask(length_b, new=q.shape[2], size=k.shape[2])
         y_bnth = attention.attend(q, k, v, mask_bts)
     y_bte = attention.merge_heads(y_bnth)
-    y_btd = mlp.linear(y_bte, *weights("o", (y_bte.shape[-1], d), residual))
+    y_btd = mlp.linear(
+      y_bte, *weights("o", (y_bte.shape[-1], d), (("tensor", cfg.heads), "fsdp"), residual)
+    )
     y_btd = checkpoint_name(y_btd, "o")
     x_btd = constrain(x_btd + y_btd, "batch")
 
     y_btd = norms.rms_norm(x_btd, *Scale(d, name="norm2")(), eps=cfg.eps)
-    gate, _, gate_ab = weights("gate", (d, f))
-    up, _, up_ab = weights("up", (d, f))
-    down, _, down_ab = weights("down", (f, d), residual)
+    gate, _, gate_ab = weights("gate", (d, f), ("fsdp", "tensor"))
+    up, _, up_ab = weights("up", (d, f), ("fsdp", "tensor"))
+    down, _, down_ab = weights("down", (f, d), ("tensor", "fsdp"), residual)
     y_btf = mlp.gated(y_btd, gate, up, name=cfg.activation, updates=(gate_ab, up_ab))
     y_btd = mlp.linear(constrain(y_btf, "batch", None, "tensor"), down, update=down_ab)
     return constrain(x_btd + y_btd, "batch"), cache

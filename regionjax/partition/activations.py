@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from regionjax.mesh import AXES, BATCH_AXES
 
 Array = jax.Array
 
+# The name of gathered kernels, for remat policies: never kept for the backward pass, not even where
+# everything else is. All layers' together are the whole model on every device.
+GATHERED = "gathered"
 
-def constrain(x: Array, *axes: str | None) -> Array:
+
+def constrain(x: Array, *axes: str | tuple[str, int] | None) -> Array:
   """Says over which axes of the current mesh (`jax.set_mesh`) an activation is split.
 
   Args:
     x: any array, traced or not.
-    axes: for each dimension 'batch' (rows: over `data` and `fsdp`), an axis of the mesh, or None
-      for whole. Fewer than the dimensions: the rest is whole. A dimension that its axis doesn't
-      divide (one row on eight devices, three key heads) is left to the compiler: unlike parameters,
-      activations are no state that a mistake here would keep forever in eight copies.
+    axes: for each dimension 'batch' (rows: over `data` and `fsdp`), an axis of the mesh, an axis
+      with the number of things in this dimension that must not be cut (heads), or None for whole.
+      Fewer than the dimensions: the rest is whole. A dimension that its axis doesn't divide (one
+      row on eight devices, three key heads) is left to the compiler: unlike parameters, activations
+      are no state that a mistake here would keep forever in eight copies.
 
   Returns:
     x. Without a mesh, on a mesh of one device and inside `shard_map` nothing is added to the
@@ -29,12 +38,62 @@ def constrain(x: Array, *axes: str | None) -> Array:
   sizes = mesh_sizes()
   if math.prod(sizes.values()) == 1:
     return x
+  return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, sizes))
+
+
+def _spec(
+  shape: Sequence[int], axes: Sequence[str | tuple[str, int] | None], sizes: Mapping[str, int]
+) -> PartitionSpec:
   dims = []
-  for size, axis in zip(x.shape, axes):
+  for size, axis in zip(shape, axes):
+    axis, units = axis if isinstance(axis, tuple) else (axis, size)
     names = BATCH_AXES if axis == "batch" else () if axis is None else (axis,)
-    fits = size % math.prod(sizes[name] for name in names) == 0
+    names = tuple(name for name in names if sizes[name] > 1)
+    fits = units % math.prod(sizes[name] for name in names) == 0
     dims.append((names or None) if fits else PartitionSpec.UNCONSTRAINED)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*dims))
+  return PartitionSpec(*dims)
+
+
+def whole(kernel: Array, dtype: Any, *axes: str | tuple[str, int] | None) -> Array:
+  """A layer's parameter in the compute dtype, whole over `fsdp` from here on.
+
+  Said once, so that it is gathered once: left to the compiler, each product gathers the kernel in
+  the shape that it likes best, and libtpu moves the split into heads from an activation to one
+  product's kernel (three gathers of q, k, v and o in a step, instead of two). The gradient goes
+  back to where the parameter lies; without saying so every device would add up the whole of it.
+
+  Args:
+    kernel: one layer's.
+    dtype: of the result.
+    axes: how it lies, as for `constrain`.
+  """
+  sizes = mesh_sizes()
+  if sizes.get("fsdp", 1) == 1:
+    return kernel.astype(dtype)
+  own = _spec(kernel.shape, axes, sizes)
+  return gather(kernel, own, _spec(kernel.shape, axes, sizes | {"fsdp": 1}), dtype, kernel.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def gather(x: Array, own: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any) -> Array:
+  """x as `whole` says, in another dtype, and its gradient as `own` says, in `stored`, x's dtype."""
+  del own, stored
+  y = jax.lax.with_sharding_constraint(x.astype(dtype), whole)
+  return checkpoint_name(y, GATHERED)
+
+
+def _gather_forward(x: Array, *static: Any) -> tuple[Array, None]:
+  return gather(x, *static), None
+
+
+def _gather_backward(
+  own: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any, _: None, cotangent: Array
+) -> tuple[Array]:
+  del whole, dtype
+  return (jax.lax.with_sharding_constraint(cotangent, own).astype(stored),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
 
 
 def row_shards(rows: int) -> int:

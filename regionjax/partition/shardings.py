@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from regionjax.config import ConfigError, ModelConfig
-from regionjax.partition.activations import mesh_sizes
+from regionjax.partition.activations import gather, mesh_sizes
 from regionjax.partition.tables import Dim, Rule, Split, match, rules
 
 _LAYER = re.compile(r"/layers(?:_\d+)?/")
@@ -67,27 +67,7 @@ def gathered(config: ModelConfig, params: Any) -> Any:
     return params
   own, whole = specs(config, params, sizes), specs(config, params, sizes | {"fsdp": 1})
   dtype = jnp.dtype(config.compute_dtype)
-  return jax.tree.map(lambda x, *lies: _gather(x, *lies, dtype, x.dtype), params, own, whole)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather(x: Any, own: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any) -> Any:
-  del own, stored
-  return jax.lax.with_sharding_constraint(x.astype(dtype), whole)
-
-
-def _gather_forward(x: Any, *static: Any) -> tuple[Any, None]:
-  return _gather(x, *static), None
-
-
-def _gather_backward(
-  own: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any, _: None, cotangent: Any
-) -> tuple[Any]:
-  del whole, dtype
-  return (jax.lax.with_sharding_constraint(cotangent, own).astype(stored),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
+  return jax.tree.map(lambda x, *lies: gather(x, *lies, dtype, x.dtype), params, own, whole)
 
 
 def pad_vocabulary(config: ModelConfig, mesh: Mesh) -> ModelConfig:

@@ -1,7 +1,8 @@
 import aot_cases
+import numpy as np
 import pytest
 
-from regionjax.aot.collectives import gathers_per_parameter
+from regionjax.aot.collectives import Collective, gathers_per_parameter
 
 AXES = {"fsdp only": {"data": 1, "fsdp": 4}, "both": {"data": 2, "fsdp": 2}}
 LAYER = aot_cases.WIDTH**2
@@ -23,7 +24,19 @@ def test_weights_are_gathered_twice_and_gradients_scattered_once(read, compiled_
   assert found[("all-gather", ("fsdp",))] == (2 * everything * 2, 2 * everything)  # bf16
   assert found[("reduce-scatter", ("fsdp",))] == (everything * 4, everything)  # f32
   assert sum(elements for _, elements in found.values()) == 3 * everything
-  assert gathers_per_parameter(talk, {"w_ldd": everything}) == {"w_ldd": 2.0}
+  assert gathers_per_parameter(talk, {"w_ldd": everything * 3 // 4}) == {"w_ldd": 2.0}
+
+
+def test_a_gather_in_two_stages_is_one():
+  """Four shares of 10: first pairs, then the pairs' halves between them."""
+
+  def stage(elements, groups):
+    return Collective("all-gather", "g", "", 1.0, elements, elements, np.array(groups), "w")
+
+  stages = [stage(20, [[0, 1], [2, 3]]), stage(40, [[0, 2], [1, 3]])]
+  assert gathers_per_parameter(stages, {"w": 30}) == {"w": 1.0}
+  assert gathers_per_parameter([stage(40, [[0, 1, 2, 3]])] * 3, {"w": 30}) == {"w": 3.0}
+  assert gathers_per_parameter(stages, {"w": 0}) == {}  # on every device
 
 
 def test_replicas_add_a_reduction_over_data(read, compiled_step):

@@ -60,7 +60,8 @@ SCHEMA = {
   "schema": int, "config": str, "program": str, "topology": dict, "mesh": dict, "rows": int,
   "rows_per_chip": float, "row": dict, "tokens": int, "remat": str, "accumulate": int,
   "trainable": list, "versions": dict, "warnings": list, "trace_seconds": float,
-  "compile_seconds": float, "flops": dict, "memory": dict, "fits": bool, "hbm_bytes": float,
+  "compile_seconds": float, "compile_cpu_seconds": float, "flops": dict, "memory": dict,
+  "fits": bool, "hbm_bytes": float,
   "collectives": list, "fsdp": dict, "loops": dict, "time": dict, "mfu": float,
   "mfu_serial": float, "tokens_per_second_per_chip": float,
 }  # fmt: skip

@@ -45,6 +45,27 @@ def test_memory_that_is_not_a_line():
   assert search.largest(CANDIDATE, compile_rows, limit=40).rows == 8
 
 
+@pytest.mark.parametrize("step", [3, 5, 7, 16])
+def test_memory_in_steps_takes_few_compilations(step):
+  tried = []
+
+  def compile_rows(candidate, rows):
+    tried.append(rows)
+    peak = 4 + 2 * -(-rows // step)
+    return Report({"fits": peak <= 9, "memory": {"peak": peak, "usable": 9.0}})
+
+  assert search.largest(CANDIDATE, compile_rows, limit=64).rows == 2 * step
+  assert len(tried) == len(set(tried)) <= 14
+
+
+def test_memory_that_is_not_told_where_it_does_not_fit():
+  def compile_rows(candidate, rows):
+    fits = rows <= 37
+    return Report({"fits": fits, "memory": {"peak": 3.0 if fits else 0.0, "usable": 9.0}})
+
+  assert search.largest(CANDIDATE, compile_rows).rows == 37
+
+
 def test_candidates_fill_a_slice():
   found = list(search.candidates(64, remats=("none", "full"), tensors=(1, 4, 3)))
   assert {(c.remat, c.fsdp, c.tensor) for c in found} == {
