@@ -99,9 +99,9 @@ def test_what_led_to_a_checkpoint_is_stored_with_it(micro, tmp_path, monkeypatch
     real(file)
 
   monkeypatch.setattr(os, "fsync", watched)
-  run(with_train(micro, steps=2, save_every=1, log_every=1, eval_every=0), tmp_path)
+  run(with_train(micro, steps=1, save_every=1, log_every=1, eval_every=0), tmp_path)
   counts = collections.Counter(path.name[:6] for path in synced if tmp_path in path.parents)
-  assert counts["metric"] == counts["goodpu"] == counts["events"] == 2, counts
+  assert counts["metric"] == counts["goodpu"] == counts["events"] == 2, counts  # step 1, end
 
 
 def test_bad_data_in_the_middle_loses_nothing(micro, tmp_path, monkeypatch):
