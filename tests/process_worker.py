@@ -189,7 +189,7 @@ def work(job: Job, index: int) -> dict[str, Any]:
       (loop._Loop, "_step", step), (loop, "put_batch", watched),
       (loop, "peak_flops", lambda devices: None), (store.Store, "_read", reads),
       (store.Store, "save", saves),
-      (store, "WRITE_SECONDS", 8), (same, "SEEN_SECONDS", 1.0),
+      (store, "WRITE_SECONDS", 30 if job.full is not None else 600), (same, "SEEN_SECONDS", 1.0),
       (processes, "PIECE_BYTES", 1),
     ):  # fmt: skip
       patches.enter_context(mock.patch.object(owner, name, value))

@@ -108,7 +108,7 @@ def to_host(array: jax.Array) -> np.ndarray | None:
   cut = jax.jit(_cut, static_argnames="size", out_shardings=same)
   for start in range(0, len(array), count):
     size = min(count, len(array) - start)
-    piece = cut(array, start, size=size)
+    piece = jax.block_until_ready(cut(array, start, size=size))  # one at a time in all processes
     if whole is not None:
       whole[start : start + size] = np.asarray(piece)
     del piece
