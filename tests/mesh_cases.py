@@ -188,7 +188,7 @@ def head_collectives(trained: bool, shape):
 
   from regionjax.mesh import batch_sharding
   from regionjax.ops.losses import head_cross_entropy
-  from regionjax.partition.shardings import _gather
+  from regionjax.partition.activations import gather
 
   mesh = mesh_of(shape)
   split = NamedSharding(mesh, PartitionSpec("fsdp"))
@@ -198,7 +198,7 @@ def head_collectives(trained: bool, shape):
   targets, weights = rng.integers(0, 207, (16, 24)), (rng.random((16, 24)) < 0.3).astype(np.float32)
 
   def loss(x, kernel):
-    kernel = _gather(kernel, split.spec, whole.spec, np.dtype("float32"), np.dtype("float32"))
+    kernel = gather(kernel, split.spec, whole.spec, np.dtype("float32"), np.dtype("float32"))
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return head_cross_entropy(
       lambda kernel, x: jnp.matmul(x, kernel), kernel, x, targets, weights, shards=shards
