@@ -8,14 +8,16 @@ import pytest
 from mesh_cases import SHAPES, run_on_eight
 
 EIGHT, GROUPED = "eight heads", "two key heads"
-SPLIT, DATA = (1, 1, 8), (8, 1, 1)
+SPLIT, PARTS, ALL = (1, 1, 8), (1, 8, 1), (2, 2, 2)
+FEW = (SPLIT, PARTS, ALL)
 QUICK = [
-  *(("loss_and_gradients", EIGHT, shape) for shape in (None, *SHAPES)),
+  *(("loss_and_gradients", EIGHT, shape) for shape in (None, *FEW)),
   *(("loss_and_gradients", GROUPED, shape) for shape in (None, SPLIT)),
   *(("generated", EIGHT, shape) for shape in (None, SPLIT)),
-  *(("head_collectives", trained, (1, 8, 1)) for trained in (False, True)),
+  *(("head_collectives", trained, PARTS) for trained in (False, True)),
 ]
 SLOW = [
+  *(("loss_and_gradients", EIGHT, shape) for shape in (None, *SHAPES) if shape not in FEW),
   *(("loss_and_gradients", GROUPED, shape) for shape in (None, *SHAPES) if shape != SPLIT),
   *(("generated", GROUPED, shape) for shape in (None, *SHAPES)),
   *(("generated", EIGHT, shape) for shape in (None, *SHAPES) if shape != SPLIT),
@@ -47,9 +49,15 @@ def check_gradients(results, name, shape):
   assert max(distances.values()) < 1e-5, sorted(distances.items(), key=lambda item: -item[1])[:5]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", FEW)
 def test_losses_and_gradients_are_those_of_one_device(quick, shape):
   check_gradients(quick, EIGHT, shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in FEW])
+def test_losses_and_gradients_on_the_other_meshes(slow, shape):
+  check_gradients(slow, EIGHT, shape)
 
 
 def test_key_heads_that_do_not_divide_change_nothing(quick):
@@ -64,24 +72,22 @@ def test_grouped_queries_on_every_mesh(slow, shape):
 
 def test_parameters_really_lie_apart(quick):
   """Equal numbers on eight whole copies would prove nothing."""
-  parts = {shape: quick["loss_and_gradients", EIGHT, shape][2] for shape in SHAPES}
+  parts = {shape: quick["loss_and_gradients", EIGHT, shape][2] for shape in FEW}
   down = "decoder/layers/down/kernel"
-  assert parts[8, 1, 1][down] == (2, 64, 64)
-  assert parts[1, 8, 1][down] == (2, 64, 8)
-  assert parts[1, 1, 8][down] == (2, 8, 64)
-  assert parts[1, 4, 2][down] == (2, 32, 16)
-  assert parts[1, 1, 8]["regions/round_0/conv/kernel"] == (3, 3, 32, 4)
-  assert parts[1, 8, 1]["regions/flatten/kernel"] == (16, 32)
+  assert parts[PARTS][down] == (2, 64, 8)
+  assert parts[SPLIT][down] == (2, 8, 64)
+  assert parts[ALL][down] == (2, 32, 32)
+  assert parts[SPLIT]["regions/round_0/conv/kernel"] == (3, 3, 32, 4)
+  assert parts[PARTS]["regions/flatten/kernel"] == (16, 32)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1)])
-def test_the_pieces_of_the_loss_exchange_nothing(quick, shape):
-  assert quick["loss_and_gradients", EIGHT, shape][3] == []
+def test_the_pieces_of_the_loss_exchange_nothing(quick):
+  assert quick["loss_and_gradients", EIGHT, PARTS][3] == []
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_an_output_layer_is_reduced_once(quick, trained):
-  in_loops, reductions = quick["head_collectives", trained, (1, 8, 1)]
+  in_loops, reductions = quick["head_collectives", trained, PARTS]
   assert in_loops == []
   assert len(reductions) == int(trained), reductions
 
