@@ -106,6 +106,7 @@ def test_parameters_are_gathered_at_most_twice(measured):
   assert fsdp["gathers_most_of"].startswith("state.trainable")
 
 
+@pytest.mark.slow
 def test_a_program_that_is_too_large(chips):
   config = eight_heads()
   decoder = dataclasses.replace(

@@ -90,6 +90,7 @@ def test_the_best_parameters_outlive_a_kill_between_two_writes(runs, tmp_path, m
     np.testing.assert_array_equal(leaf, arrays[key].astype(leaf.dtype), err_msg=path)
 
 
+@pytest.mark.slow
 def test_what_led_to_a_checkpoint_is_stored_with_it(micro, tmp_path, monkeypatch):
   """A bucket that is mounted as a folder gets an open file's rows when they are synced."""
   real, synced = os.fsync, []
@@ -199,6 +200,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_only(runs, tmp_path):
   assert rows_without_times(workdir) == rows_without_times(straight)
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_with_an_error(runs, tmp_path):
   config = with_train(runs["config"], save_every=2, eval_every=0)
   said = r"state of step 12 could not be saved .* is of step 2\. Free some"

@@ -179,6 +179,7 @@ def traced_steps(folder):
   return sorted({int(args["step_num"]) for args in marks}), {e.get("name", "") for e in events}
 
 
+@pytest.mark.slow
 def test_a_profile_of_some_steps(runs, tmp_path):
   reports = Watched()
   config = with_train(runs["config"], steps=8, eval_every=0, save_every=0)
@@ -250,6 +251,7 @@ def test_a_release_starts_training_on_images_of_another_size(runs, micro, tmp_pa
   assert len(said) == 1 and "from 4x2 patches" in said[0]
 
 
+@pytest.mark.slow
 def test_training_in_stages(micro, tmp_path):
   """First the region encoder alone, then all of the model from what that gave."""
   config = with_train(micro, trainable=("regions/.*",), steps=3, eval_every=0, save_every=0)

@@ -22,6 +22,7 @@ WRITERS = {
 }  # fmt: skip
 # A region module that is tested here as a whole takes 20 s: the rest is in test_check_regions.py.
 GPT4ROI = pytest.param("gpt4roi", marks=pytest.mark.slow)
+SLOW = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("hf-llama", "gguf")), GPT4ROI]
 ROWS = {
   "hf-llama": ["embeddings", "block 0", "block 1", "logits"],
   "hf-clip": ["vision embeddings", *(f"vision block {i}" for i in range(3)), "vision tower"],
@@ -80,7 +81,7 @@ def failed(report):
   return {row.name for row in report.rows if not row.passed}
 
 
-@pytest.mark.parametrize("family", ["hf-llama", "hf-clip", "hf-llava", "gguf", GPT4ROI])
+@pytest.mark.parametrize("family", ["hf-clip", "hf-llava", *SLOW])
 def test_a_sound_conversion_passes_and_nothing_is_left_out(family, made):
   report = made(family).check()
   assert report.passed, str(report)

@@ -38,6 +38,8 @@ PROMPT = (  # the same, as the original writes it
 )
 ROWS, NEW_TOKENS = 32000, 32
 
+pytestmark = pytest.mark.slow  # half a minute to make both models
+
 
 def relative(a, b) -> float:
   a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
