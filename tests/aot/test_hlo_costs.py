@@ -32,6 +32,14 @@ CASES = {
     functools.partial(jnp.einsum, "bkxh,bksh->bkxs"), ((2, 3, 64, 128), (2, 3, 96, 128)),
     2 * 3 * 2 * 64 * 96 * 128,
   ),
+  "one query": (  # no matrix product on a TPU, but multiplied and summed
+    functools.partial(jnp.einsum, "bkxh,bksh->bkxs"), ((8, 4, 1, 128), (8, 4, 512, 128)),
+    2 * 8 * 4 * 512 * 128,
+  ),
+  "weighted values": (
+    functools.partial(jnp.einsum, "bkxs,bksh->bkxh"), ((8, 4, 1, 512), (8, 4, 512, 128)),
+    2 * 8 * 4 * 512 * 128,
+  ),
   "convolution": (convolution, (X, KERNEL), FORWARD),
   "strided": (functools.partial(convolution, stride=2), (X, KERNEL), STRIDED),
 }  # fmt: skip
