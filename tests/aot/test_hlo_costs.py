@@ -66,6 +66,18 @@ def test_gradients_of_a_strided_convolution(chips, read):
   )
 
 
+@pytest.mark.parametrize("side, share", [(2, 4 / 9), (3, 1.0)])
+def test_maps_smaller_than_the_window_lose_their_padding(side, share, chips, read):
+  """libtpu makes a map of two cells the window: only pairs inside it are left, 4 of 9."""
+  lie = NamedSharding(chips("v5e:2x2"), PartitionSpec())
+  args = [
+    jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=lie) for s in ((32, side, side, 128), KERNEL)
+  ]
+  asked = flops(convolution, *args)
+  assert asked == 2 * 32 * side**2 * 9 * 128 * 256
+  assert read(jax.jit(convolution).lower(*args).compile().as_text()).flops == asked * share
+
+
 def test_window_pairs():
   plain = dict(stride=1, low=1, lhs_dilate=1, rhs_dilate=1)
   assert window_pairs(16, 3, 16, **plain) == 48
