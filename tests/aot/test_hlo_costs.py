@@ -32,6 +32,14 @@ CASES = {
     functools.partial(jnp.einsum, "bkxh,bksh->bkxs"), ((2, 3, 64, 128), (2, 3, 96, 128)),
     2 * 3 * 2 * 64 * 96 * 128,
   ),
+  "one query": (  # no matrix product on a TPU, but multiplied and summed
+    functools.partial(jnp.einsum, "bkxh,bksh->bkxs"), ((8, 4, 1, 128), (8, 4, 512, 128)),
+    2 * 8 * 4 * 512 * 128,
+  ),
+  "weighted values": (
+    functools.partial(jnp.einsum, "bkxs,bksh->bkxh"), ((8, 4, 1, 512), (8, 4, 512, 128)),
+    2 * 8 * 4 * 512 * 128,
+  ),
   "convolution": (convolution, (X, KERNEL), FORWARD),
   "strided": (functools.partial(convolution, stride=2), (X, KERNEL), STRIDED),
 }  # fmt: skip
@@ -56,6 +64,18 @@ def test_gradients_of_a_strided_convolution(chips, read):
   assert read(jax.jit(gradients).lower(*args).compile().as_text()).flops == pytest.approx(
     asked, rel=0.03
   )
+
+
+@pytest.mark.parametrize("side, share", [(2, 4 / 9), (3, 1.0)])
+def test_maps_smaller_than_the_window_lose_their_padding(side, share, chips, read):
+  """libtpu makes a map of two cells the window: only pairs inside it are left, 4 of 9."""
+  lie = NamedSharding(chips("v5e:2x2"), PartitionSpec())
+  args = [
+    jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=lie) for s in ((32, side, side, 128), KERNEL)
+  ]
+  asked = flops(convolution, *args)
+  assert asked == 2 * 32 * side**2 * 9 * 128 * 256
+  assert read(jax.jit(convolution).lower(*args).compile().as_text()).flops == asked * share
 
 
 def test_window_pairs():
