@@ -15,6 +15,7 @@ from regionjax.mesh import AXES
 from regionjax.models import pyramid_maps
 from regionjax.models.pyramid import PyramidEncoder
 from regionjax.models.region_encoders import make_region_encoder
+from regionjax.ops import conv as conv_ops
 
 CONFIG = RegionConfig(width=128)
 
@@ -75,9 +76,12 @@ def region_args(boxes, mask, image=None):
   return boxes, zeros if image is None else image, zeros + 2, mask, cover
 
 
-@pytest.fixture(scope="module")
-def run(golden):
-  """Everything that the golden figures speak of, from one program."""
+@pytest.fixture(scope="module", params=["direct", pytest.param("winograd", marks=pytest.mark.slow)])
+def run(golden, request):
+  """Everything that the golden figures speak of, from one program.
+
+  Its width of 128 is too small for Winograd's convolution, which the published width gets on a CPU.
+  """
   _, encoder, variables, hidden, boxes, mask = golden
 
   @jax.jit
@@ -94,7 +98,13 @@ def run(golden):
     crops = encoder.apply(variables, maps, boxes, image, mask, method="crop_tokens")
     return maps, crops, tokens, grads
 
-  return everything(variables, hidden)
+  if request.param == "direct":
+    return everything(variables, hidden)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(conv_ops, "WINOGRAD_WIDTH", 128)
+    traced = everything.trace(variables, hidden)
+    assert "6,6,128,128" in str(traced.jaxpr)  # a kernel's transform for tiles of 4x4
+    return traced.lower().compile()(variables, hidden)
 
 
 def test_parameter_names_and_shapes_are_the_original_ones(golden):
