@@ -1,7 +1,8 @@
 """Communication of a compiled program: which collective, over which devices, how much, how often.
 
 TPU programs print an asynchronous collective several times, a reduce-scatter as an all-reduce whose
-result is only sliced, and one between slices as a transfer to the host. All that is undone here.
+result is only sliced, the gather of small parts as an all-reduce of arrays that are zero elsewhere,
+and one between slices as a transfer to the host. All that is undone here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Collective:
   """One collective of the program.
 
   Attributes:
-    kind: as in hlo.COLLECTIVES; an all-reduce that is only sliced is a 'reduce-scatter'.
+    kind: as in hlo.COLLECTIVES; an all-reduce that is only sliced is a 'reduce-scatter', one of
+      parts in zeros an 'all-gather'.
     name: of its instruction.
     op_name: where in the traced program it comes from.
     times: in one execution of the program.
@@ -34,6 +36,7 @@ class Collective:
     elements: likewise.
     groups: [groups, devices of a group], numbers of devices in the mesh's order.
     parameter: path of the program's argument that is gathered, '' if it is computed.
+    as_sum: whether a gather is an all-reduce, which sends twice as much.
   """
 
   kind: str
@@ -44,6 +47,7 @@ class Collective:
   elements: int
   groups: np.ndarray
   parameter: str = ""
+  as_sum: bool = False
 
   @property
   def group_size(self) -> int:
@@ -54,7 +58,7 @@ class Collective:
     """Bytes that a device sends in one run, by the usual ring algorithms."""
     n = self.group_size
     share = (n - 1) / n
-    if self.kind == "all-reduce":
+    if self.kind == "all-reduce" or self.as_sum:
       return 2 * self.bytes * share
     if self.kind in ("collective-permute", "collective-broadcast"):
       return float(self.bytes)
@@ -74,6 +78,8 @@ def collectives(
 ) -> list[Collective]:
   """All collectives that run between more than one device, each once, costliest first.
 
+  One that gathers several arrays counts for each of them.
+
   Args:
     module: the program.
     executions: of it.
@@ -87,7 +93,7 @@ def collectives(
       if i.opcode == "send" and "megascale" in i.attributes:
         found.append(_between_slices(module, computation, i, times, slices))
       elif i.opcode.removesuffix("-start") in COLLECTIVES and not _goes_on(computation, i):
-        found.append(_collective(module, computation, i, times))
+        found += _collectives(module, computation, i, times)
   return sorted((c for c in found if c.group_size > 1), key=_total, reverse=True)
 
 
@@ -126,27 +132,66 @@ def _between_slices(
   )
 
 
-def _collective(
+def _collectives(
   module: Module, computation: Computation, i: Instruction, times: float
-) -> Collective:
+) -> list[Collective]:
+  """What one instruction does: a gather's arrays apart, all others together."""
   kind = i.opcode.removesuffix("-start")
-  if kind == "all-reduce" and _only_sliced(module, computation, i):
-    kind = "reduce-scatter"
   groups = replica_groups(i, module.partitions)
-  operands = [leaf for n in i.operands for leaf in computation.instructions[n].leaves]
-  # Per device, a gather's operand is a share of its result; the others' operands are the whole.
-  whole = groups.shape[1] if kind == "all-gather" else 1
-  gathers = kind == "all-gather" and bool(i.operands)
-  return Collective(
-    kind=kind,
-    name=i.name,
-    op_name=i.op_name,
-    times=times,
-    bytes=whole * sum(leaf.bytes for leaf in operands),
-    elements=whole * sum(leaf.elements for leaf in operands),
-    groups=groups,
-    parameter=parameter_of(module, computation, i.operands[0]) if gathers else "",
+  parts = (
+    [_part_in_zeros(module, computation, n) for n in i.operands] if kind == "all-reduce" else []
   )
+  as_sum = bool(parts) and None not in parts
+  if as_sum:
+    kind = "all-gather"
+  elif kind == "all-reduce" and _only_sliced(module, computation, i):
+    kind = "reduce-scatter"
+  # Per device, a gather's operand is a share of its result; the others' operands are the whole.
+  whole = groups.shape[1] if kind == "all-gather" and not as_sum else 1
+  found = []
+  for arrays in [[n] for n in i.operands] if kind == "all-gather" else [list(i.operands)]:
+    leaves = [leaf for n in arrays for leaf in computation.instructions[n].leaves]
+    source = ""
+    if kind == "all-gather":
+      here, name = parts[i.operands.index(arrays[0])] if as_sum else (computation, arrays[0])
+      source = parameter_of(module, here, name)
+    found.append(
+      Collective(
+        kind=kind,
+        name=i.name,
+        op_name=i.op_name,
+        times=times,
+        bytes=whole * sum(leaf.bytes for leaf in leaves),
+        elements=whole * sum(leaf.elements for leaf in leaves),
+        groups=groups,
+        parameter=source,
+        as_sum=as_sum,
+      )
+    )
+  return found
+
+
+def _part_in_zeros(
+  module: Module, computation: Computation, name: str
+) -> tuple[Computation, str] | None:
+  """The part that a value consists of besides zeros: where it is and its name; None if it isn't."""
+  i = computation.instructions[name]
+  while i.opcode in (*_VIEWS, "fusion") and i.opcode != "get-tuple-element":
+    if i.opcode == "fusion":
+      computation = module.computations[i.called[0]]
+      i = computation.instructions[computation.root]
+    else:
+      i = computation.instructions[i.operands[0]]
+  if i.opcode != "dynamic-update-slice":
+    return None
+  here, base = computation, computation.instructions[i.operands[0]]
+  while base.opcode == "parameter" and module.callers[here.name]:
+    here, call = module.callers[here.name][0]
+    if call.opcode != "fusion":
+      return None
+    base = here.instructions[call.operands[int(base.argument)]]
+  zeros = base.opcode == "broadcast" and here.instructions[base.operands[0]].opcode == "constant"
+  return (computation, i.operands[1]) if zeros else None
 
 
 def _only_sliced(module: Module, computation: Computation, i: Instruction) -> bool:

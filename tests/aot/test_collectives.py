@@ -160,3 +160,50 @@ def test_two_slices_exchange_gradients_alone(read, compiled_step):
   assert found[("reduce-scatter", ("fsdp",))] == (everything * 4, everything)
   across = [c for c in read(text, devices=8).talk if "data" in c.axes(mesh)]
   assert all(c.groups.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]] for c in across)
+
+
+GATHERS = """\
+HloModule m, num_partitions=4
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%a, %b)
+}
+
+%place (zeros: bf16[256], share: f32[64], at: s32[]) -> bf16[256] {
+  %zeros = bf16[256]{0} parameter(0)
+  %share = f32[64]{0} parameter(1)
+  %at = s32[] parameter(2)
+  %half = bf16[64]{0} convert(%share)
+  ROOT %put = bf16[256]{0} dynamic-update-slice(%zeros, %half, %at)
+}
+
+ENTRY %main (u: f32[64], w: bf16[64], at: s32[]) -> (bf16[256], bf16[256], bf16[256]) {
+  %u = f32[64]{0} parameter(0), metadata={op_name="state.u"}
+  %w = bf16[64]{0} parameter(1), metadata={op_name="state.w"}
+  %at.1 = s32[] parameter(2)
+  %zero = bf16[] constant(0)
+  %nothing = bf16[256]{0} broadcast(%zero), dimensions={}
+  %one = bf16[256]{0} fusion(%nothing, %u, %at.1), kind=kLoop, calls=%place
+  %other = bf16[256]{0} dynamic-update-slice(%nothing, %w, %at.1)
+  %both = (bf16[256]{0}, bf16[256]{0}) all-reduce(%one, %other), channel_id=1, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%add
+  %both.0 = bf16[256]{0} get-tuple-element(%both), index=0
+  %both.1 = bf16[256]{0} get-tuple-element(%both), index=1
+  %onto = bf16[256]{0} dynamic-update-slice(%both.0, %w, %at.1)
+  %real = bf16[256]{0} all-reduce(%onto), channel_id=2, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%add
+  ROOT %out = (bf16[256]{0}, bf16[256]{0}, bf16[256]{0}) tuple(%both.0, %both.1, %real)
+}
+"""  # noqa: E501
+
+
+def test_a_sum_of_parts_in_zeros_is_a_gather_of_each(read):
+  """As libtpu gathers small parameters; it sends what an all-reduce sends."""
+  talk = {(c.name, c.parameter): c for c in read(GATHERS).talk}
+  assert {key: (c.kind, c.bytes, c.traffic) for key, c in talk.items()} == {
+    ("both", "state.u"): ("all-gather", 512, 768),
+    ("both", "state.w"): ("all-gather", 512, 768),
+    ("real", ""): ("all-reduce", 512, 768),
+  }
+  found = gathers_per_parameter(list(talk.values()), {"state.u": 192, "state.w": 192})
+  assert found == {"state.u": 1.0, "state.w": 1.0}
