@@ -40,7 +40,7 @@ def words(tmp_path):
   return ["compile", str(path), "--topology", "v5e:2x2", "--search", "--out", out]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_largest_batch_is_found_and_not_compiled_twice(words, tmp_path, capsys, monkeypatch):
   chosen = [search.Candidate("full", 1, 4, 1), search.Candidate("none", 1, 4, 1)]
   monkeypatch.setattr(search, "candidates", lambda chips, *, remats: iter(chosen))
@@ -68,7 +68,7 @@ def test_the_largest_batch_is_found_and_not_compiled_twice(words, tmp_path, caps
   assert capsys.readouterr().err.count("(known)") == len(lines)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_ctrl_c_keeps_what_was_compiled(words, tmp_path):
   paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
   environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
