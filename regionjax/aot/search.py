@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from regionjax.aot.report import Report
 
 MAX_ROWS = 64
+# A guess is at most so many times what is known to fit. Of small batches the compiler may need less
+# memory for two rows than for one, and what is far too large takes it longest.
+FARTHEST = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ def largest(
     if limit > 1 and fits(2):
       best, halve = 2, False
       while best + 1 < over:
-        guess = (best + over) // 2 if halve else _line(reports, best)
+        guess = (best + over) // 2 if halve else min(_line(reports, best), FARTHEST * best)
         guess = min(max(guess, best + 1), over - 1)
         if fits(guess):
           best = guess

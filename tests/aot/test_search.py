@@ -24,7 +24,7 @@ CANDIDATE = search.Candidate("full", 1, 64, 1)
 
 @pytest.mark.parametrize(
   "base, per_row, rows, most",
-  [(5, 3, 3, 4), (5, 2.5, 4, 4), (15, 2, 0, 1), (15, 1, 1, 2), (0, 0.1, 64, 3), (7, 0.5, 18, 4)],
+  [(5, 3, 3, 4), (5, 2.5, 4, 4), (15, 2, 0, 1), (15, 1, 1, 2), (0, 0.1, 64, 4), (7, 0.5, 18, 5)],
 )
 def test_the_largest_batch_in_few_compilations(base, per_row, rows, most):
   compile_rows, tried = compiler(base, per_row)
@@ -56,6 +56,19 @@ def test_memory_in_steps_takes_few_compilations(step):
 
   assert search.largest(CANDIDATE, compile_rows, limit=64).rows == 2 * step
   assert len(tried) == len(set(tried)) <= 14
+
+
+def test_a_second_row_that_takes_no_memory_is_no_reason_to_jump():
+  peaks = {1: 19.6, 2: 18.9, 3: 21.7}
+  tried = []
+
+  def compile_rows(candidate, rows):
+    tried.append(rows)
+    peak = peaks.get(rows, 10.0 + 4 * rows)
+    return Report({"fits": peak <= 30, "memory": {"peak": peak, "usable": 30.0}})
+
+  assert search.largest(CANDIDATE, compile_rows).rows == 5
+  assert max(tried) <= 2 * search.FARTHEST
 
 
 def test_memory_that_is_not_told_where_it_does_not_fit():
