@@ -122,7 +122,8 @@ def test_a_checkpoint_that_one_process_cannot_write_is_counted_by_none(run, conf
   result, workdir = run(with_train(config, steps=2), 2, full=1)
   assert result.finished == [True, True]
   (line,) = re.findall(r"^the checkpoint of step 1 could not be written .*$", result.text, re.M)
-  assert re.search("process 1: .*File too large", line)
+  # Who says so depends on who is first: the one that could not, or the one that waited for it.
+  assert re.search("process 1: .*File too large|process 0: .*Barrier timed out", line)
   assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
 
 
