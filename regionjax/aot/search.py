@@ -99,11 +99,11 @@ def _line(reports: dict[int, Report], best: int) -> int:
   """Rows that a line through the memory of two reports leaves room for.
 
   One is the largest that fits. The other is the smallest that doesn't, where the compiler said by
-  how much, or else the second largest that fits.
+  how much, or else the smallest of all: what the compiler makes of one row more is no line.
   """
   peak = {rows: report["memory"]["peak"] for rows, report in reports.items()}
   over = min((rows for rows in reports if rows > best and peak[rows]), default=None)
-  other = over or max(rows for rows in reports if rows < best)
+  other = over or min(reports)
   slope = (peak[other] - peak[best]) / (other - best)
   if slope <= 0:
     return MAX_ROWS
