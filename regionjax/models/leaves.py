@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from regionjax.config import ConfigError, LoraConfig
 from regionjax.ops.lora import LowRank
-from regionjax.partition.activations import GATHERED, mesh_sizes
+from regionjax.partition.activations import keep_all_but_gathered, mesh_sizes
 
 Array = jax.Array
 
@@ -145,9 +145,7 @@ def remat(block: type[nn.Module], policy: str, *, scanned: bool) -> type[nn.Modu
   if policy == "none":
     if mesh_sizes().get("fsdp", 1) == 1:
       return block
-    # But not gathered kernels: those of all layers would be the whole model on every device.
-    save = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    return nn.remat(block, policy=save, prevent_cse=not scanned)
+    return nn.remat(block, policy=keep_all_but_gathered, prevent_cse=not scanned)
   return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)
 
 

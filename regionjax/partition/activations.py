@@ -8,16 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from regionjax.mesh import AXES, BATCH_AXES
 
 Array = jax.Array
-
-# The name of gathered kernels, for remat policies: never kept for the backward pass, not even where
-# everything else is. All layers' together are the whole model on every device.
-GATHERED = "gathered"
 
 
 def constrain(x: Array, *axes: str | tuple[str, int] | None) -> Array:
@@ -77,13 +72,16 @@ def whole(kernel: Array, dtype: Any, *axes: str | tuple[str, int] | None) -> Arr
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def gather(x: Array, own: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any) -> Array:
   """x as `whole` says, in another dtype, and its gradient as `own` says, in `stored`, x's dtype."""
-  del own, stored
-  y = jax.lax.with_sharding_constraint(x.astype(dtype), whole)
-  return checkpoint_name(y, GATHERED)
+  return _gather_forward(x, own, whole, dtype, stored)[0]
 
 
-def _gather_forward(x: Array, *static: Any) -> tuple[Array, None]:
-  return gather(x, *static), None
+def _gather_forward(
+  x: Array, own: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any
+) -> tuple[Array, None]:
+  del stored
+  # Both said: what a loop keeps of x in this dtype would else be kept whole.
+  y = jax.lax.with_sharding_constraint(x.astype(dtype), own)
+  return jax.lax.with_sharding_constraint(y, whole), None
 
 
 def _gather_backward(
@@ -94,6 +92,15 @@ def _gather_backward(
 
 
 gather.defvjp(_gather_forward, _gather_backward)
+
+
+def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+  """A remat policy: everything is kept for the backward pass, but no kernel that was gathered.
+
+  All layers' together would be the whole model on every device. What `constrain` returns isn't kept
+  either, but made again from what it was given, which is.
+  """
+  return primitive.name != "sharding_constraint"
 
 
 def row_shards(rows: int) -> int:

@@ -61,8 +61,12 @@ def test_kernels_are_gathered_twice_and_their_gradients_scattered_once(remat, ch
   mesh = chips("v5e:4x4", data=1, fsdp=CHIPS)
   compiled, missing = gradients(mesh, remat)
   talk = read(compiled.as_text()).talk
-  gathers = gathers_per_parameter(talk, missing)
-  assert gathers == pytest.approx({path: 2.0 for path in missing})
   kernels = sum(missing.values()) * CHIPS // (CHIPS - 1)
-  scattered = sum(c.times * c.elements for c in talk if c.kind == "reduce-scatter")
-  assert scattered == kernels
+  moved = {
+    kind: sum(c.times * c.elements for c in talk if c.kind == kind)
+    for kind in ("all-gather", "reduce-scatter")
+  }
+  assert moved == {"all-gather": 2 * kernels, "reduce-scatter": kernels}
+  # Without recomputation the backward pass gathers a copy that the forward pass kept in bf16.
+  each = 2.0 if remat == "full" else 1.0
+  assert gathers_per_parameter(talk, missing) == pytest.approx(dict.fromkeys(missing, each))
