@@ -269,8 +269,8 @@ class ModelConfig:
   # none | full | dots | attention | qkv | mlp: what each layer saves for its backward pass; the
   # rest is computed again. Bytes are those of a token and a layer of the 7B decoder in bfloat16 (d
   # channels, n query and k key heads of h, f hidden channels); attention weights are never saved.
-  #   none       everything; on a mesh with fsdp that is also each layer's gathered kernels, in the
-  #              end the whole model on every device
+  #   none       everything but gathered kernels, which are gathered again: all layers' together
+  #              would be the whole model on every device
   #   full       its input: 2d, 8 KiB. A whole forward pass is computed again
   #   attention  and attention's result and softmax statistics: 2nh + 4n more, 16 KiB in all. With
   #              a TPU's kernel (`ops.attention.splash`) attention's forward pass runs once; the XLA

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from regionjax.config import ConfigError, LoraConfig
 from regionjax.ops.lora import LowRank
+from regionjax.partition.activations import keep_all_but_gathered, mesh_sizes
 
 Array = jax.Array
 
@@ -153,7 +154,9 @@ def remat(block: type[nn.Module], policy: str, *, scanned: bool) -> type[nn.Modu
   if policy not in REMAT_POLICIES:
     raise ConfigError(f"remat={policy!r}: expected one of {', '.join(REMAT_POLICIES)}")
   if policy == "none":
-    return block
+    if mesh_sizes().get("fsdp", 1) == 1:
+      return block
+    return nn.remat(block, policy=keep_all_but_gathered, prevent_cse=not scanned)
   return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)
 
 

@@ -79,30 +79,17 @@ def neighbours(level: int, count: int) -> tuple[int, int]:
   return min(level + 1, count - 1), max(level - 1, 0)
 
 
-def fused_maps(
-  weights: MapWeights, hidden: Sequence[Array], sizes: Sizes, *, rounds: str = "unrolled"
-) -> list[Array]:
-  """Patch tokens on their grid, one [I, h, w, C] per level, to fused levels [I, H_l, W_l, F].
-
-  Args:
-    weights: the parameters.
-    hidden: the tokens.
-    sizes: of the pyramid.
-    rounds: 'unrolled', or 'rolled': all but the first are one loop's body, compiled once.
-  """
+def fused_maps(weights: MapWeights, hidden: Sequence[Array], sizes: Sizes) -> list[Array]:
+  """Patch tokens on their grid, one [I, h, w, C] per level, to fused levels [I, H_l, W_l, F]."""
   small = [_project(*kernel, x, sizes.dtype) for kernel, x in zip(weights.inputs, hidden)]
   if not weights.rounds:
     return [resize_align_corners(x, size) for x, size in zip(small, sizes.levels)]
-  first, others = (functools.partial(_shuffle, sizes=sizes, first=f) for f in (True, False))
-  if sizes.remat != "none":
-    first, others = jax.checkpoint(first), jax.checkpoint(others)
-  levels = first(weights.rounds[0], small)
-  rest = weights.rounds[1:]
-  if rounds == "rolled" and len(rest) > 1:
-    stacked = jax.tree.map(lambda *each: jnp.stack(each), *rest)
-    return jax.lax.scan(lambda levels, given: (others(given, levels), None), levels, stacked)[0]
-  for given in rest:
-    levels = others(given, levels)
+  levels = small
+  for i, round_weights in enumerate(weights.rounds):
+    step = functools.partial(_shuffle, sizes=sizes, first=i == 0)
+    if sizes.remat != "none":
+      step = jax.checkpoint(step)
+    levels = step(round_weights, levels)
   return levels
 
 
@@ -187,8 +174,7 @@ def maps_where_used(
 
   Images run one after the other, each behind a condition, and on a mesh every device goes through
   its own rows. The backward pass computes an image's maps anew (with all that is kept inside them),
-  so that memory holds the inside of one image only, however many there are. The rounds are a loop
-  too: unrolled they are three quarters of a 7B's training step's time to compile for a TPU.
+  so that memory holds the inside of one image only, however many there are.
 
   Args:
     weights: the parameters; on a mesh they are gathered once and their gradients added up once.
@@ -205,8 +191,7 @@ def maps_where_used(
     b, k = used_bk.shape
 
     def compute(images: list[Array]) -> list[Array]:
-      levels = fused_maps(weights, [x[None] for x in images], inner, rounds="rolled")
-      return [y[0] for y in levels]
+      return [y[0] for y in fused_maps(weights, [x[None] for x in images], inner)]
 
     def skip(images: list[Array]) -> list[Array]:
       return [jnp.zeros(y.shape, y.dtype) for y in jax.eval_shape(compute, images)]

@@ -78,8 +78,10 @@ def gather(x: Array, own: PartitionSpec, whole: PartitionSpec, dtype: Any, store
 def _gather_forward(
   x: Array, own: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any
 ) -> tuple[Array, None]:
-  del own, stored
-  return jax.lax.with_sharding_constraint(x.astype(dtype), whole), None
+  del stored
+  # Both said: what a loop keeps of x in this dtype would else be kept whole.
+  y = jax.lax.with_sharding_constraint(x.astype(dtype), own)
+  return jax.lax.with_sharding_constraint(y, whole), None
 
 
 def _gather_backward(
@@ -90,6 +92,15 @@ def _gather_backward(
 
 
 gather.defvjp(_gather_forward, _gather_backward)
+
+
+def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+  """A remat policy: everything is kept for the backward pass, but no kernel that was gathered.
+
+  All layers' together would be the whole model on every device. What `constrain` returns isn't kept
+  either, but made again from what it was given, which is.
+  """
+  return primitive.name != "sharding_constraint"
 
 
 def row_shards(rows: int) -> int:
