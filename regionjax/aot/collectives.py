@@ -246,6 +246,9 @@ def _source(
     return here, i.operands[0], int(i.attribute("index"))
   if i.opcode == "tuple" and index is not None:
     return here, i.operands[index], None
+  if i.opcode == "custom-call" and '"AsyncCollective' in i.attributes:  # ...Start" or ...Done"
+    gathers = [n for n in i.operands if here.instructions[n].opcode == "all-gather"]
+    return (here, gathers[0], None) if gathers else None
   if i.opcode in _ALIKE or (i.opcode == "custom-call" and '"ConcatBitcast"' in i.attributes):
     return here, i.operands[0], index if i.opcode == "opt-barrier" else None
   if i.opcode in ("fusion", "call", "async-start"):

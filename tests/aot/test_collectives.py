@@ -105,6 +105,7 @@ ENTRY %main (w: f32[64], y: f32[256], z: f32[256], at: s32[]) -> (bf16[256], f32
   %all-reduce.2 = f32[256]{0} all-reduce(%z), channel_id=3, replica_groups={{0,1},{2,3}}, use_global_device_ids=true, to_apply=%add
   %shift = f32[256]{0} collective-permute(%z), channel_id=4, source_target_pairs={{0,1},{1,2},{2,3}}
   %alone = f32[256]{0} all-reduce(%z), channel_id=5, replica_groups={{0},{1},{2},{3}}, use_global_device_ids=true, to_apply=%add
+  %more = bf16[512]{0} all-gather(%done), channel_id=7, replica_groups={{0,2},{1,3}}, dimensions={0}, use_global_device_ids=true
   %begun = (f32[64]{0}, f32[256]{0}) all-gather-start(%w), channel_id=6, replica_groups=[1,4]<=[4], dimensions={0}, use_global_device_ids=true
   %gathered = f32[256]{0} all-gather-done(%begun)
   ROOT %out = (bf16[256]{0}, f32[64]{0}, f32[256]{0}) tuple(%done, %mine, %all-reduce.2)
@@ -119,9 +120,10 @@ def test_each_collective_once_and_by_what_it_does(read):
     "all-reduce.1": ("reduce-scatter", 1, 1024),  # only sliced
     "all-reduce.2": ("all-reduce", 1, 1024),
     "shift": ("collective-permute", 1, 1024),
+    "more": ("all-gather", 1, 1024),  # goes on with what another has gathered
     "begun": ("all-gather", 1, 1024),
   }
-  assert talk["all-gather.1"].parameter == talk["begun"].parameter == "state.w"
+  assert {talk[name].parameter for name in ("all-gather.1", "more", "begun")} == {"state.w"}
 
 
 def test_bytes_of_an_asynchronous_collective_count_at_its_start(read):
@@ -133,6 +135,7 @@ def test_traffic_of_ring_algorithms(read):
   sent = {c.name: c.traffic for c in read(TEXT).talk}
   assert sent == {
     "all-gather.1": 384, "all-reduce.1": 768, "all-reduce.2": 1024, "shift": 1024, "begun": 768,
+    "more": 512,
   }  # fmt: skip
 
 
