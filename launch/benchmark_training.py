@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from regionjax.aot.made_up import made_up_batch
 from regionjax.config import (
   Config,
   ConnectorConfig,
@@ -66,29 +67,12 @@ def make_config(dtype: str) -> Config:
 
 
 def make_batch(config: Config) -> dict[str, np.ndarray]:
-  """Rows of one example: image tokens first, then text with a region's slot at every 16th place."""
+  """Rows of one example each."""
   shapes = batch_shapes(config.model, rows=ROWS, tokens=TOKENS, images=1, regions=REGIONS)
-  rng = np.random.default_rng(0)
-  batch = {name: np.zeros(s.shape, s.dtype) for name, s in shapes.items()}
-  patches = config.model.vision.tokens
-  tokens = rng.integers(10, SIZES["vocab"], (ROWS, TOKENS))
-  tokens[:, :patches] = IMAGE_SLOT
-  tokens[:, patches + 8 : patches + 8 + 16 * REGIONS : 16] = REGION_SLOT
-  weights = np.zeros((ROWS, TOKENS), np.float32)
-  weights[:, -SUPERVISED - 1 : -1] = 1
-  corner = rng.random((ROWS, REGIONS, 2)) * 0.5
-  boxes = np.concatenate([corner, corner + 0.1 + 0.4 * rng.random((ROWS, REGIONS, 2))], axis=-1)
-  given = dict(
-    tokens_bt=tokens, targets_bt=np.roll(tokens, -1, axis=1), loss_weights_bt=weights,
-    segment_ids_bt=np.ones((ROWS, TOKENS)), positions_bt=np.tile(np.arange(TOKENS), (ROWS, 1)),
-    images_bkhwc=rng.normal(size=batch["images_bkhwc"].shape), image_mask_bk=np.ones((ROWS, 1)),
-    boxes_br4=boxes, region_kind_br=np.full((ROWS, REGIONS), 2),
-    region_mask_br=np.ones((ROWS, REGIONS)),
-    region_cover_brn=np.full((ROWS, REGIONS, patches), 0.25),
+  return made_up_batch(
+    shapes, vocab=SIZES["vocab"], image_slot_id=IMAGE_SLOT, region_slot_id=REGION_SLOT,
+    supervised=SUPERVISED,
   )  # fmt: skip
-  for name, value in given.items():
-    batch[name] = np.asarray(value, batch[name].dtype)
-  return batch
 
 
 def training_cases(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Iterator[tuple]:

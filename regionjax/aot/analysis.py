@@ -30,13 +30,13 @@ TOLERANCE = 0.03
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def measure(program: Program, topology: Topology, *, keep_text: list[str] | None = None) -> Report:
+def measure(program: Program, topology: Topology, *, keep: list[Any] | None = None) -> Report:
   """Compiles and measures.
 
   Args:
     program: on a mesh of the topology's devices.
     topology: the machine.
-    keep_text: a list that gets the compiled program's text.
+    keep: a list that gets the compiled program, if it compiles.
 
   Returns:
     A report; one that says how much too large it is, where the compiler finds no room.
@@ -62,12 +62,11 @@ def measure(program: Program, topology: Topology, *, keep_text: list[str] | None
   report["compile_cpu_seconds"] = time.process_time() - cpu  # of all threads
   if compiled is None:
     return Report(report | {"memory": _too_large(failure, program, topology), "fits": False})
-  text = compiled.as_text()
-  if keep_text is not None:
-    keep_text.append(text)
+  if keep is not None:
+    keep.append(compiled)
   memory = _memory(compiled.memory_analysis(), program, topology)
   report |= {"memory": memory, "fits": memory["peak"] <= topology.chip.memory}
-  return Report(report | _work(program, topology, text, report))
+  return Report(report | _work(program, topology, compiled.as_text(), report))
 
 
 def fingerprint(program: Program, topology: Topology) -> str:

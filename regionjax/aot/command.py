@@ -17,6 +17,7 @@ from regionjax.aot.errors import AotError
 if TYPE_CHECKING:
   from jax.sharding import Mesh
 
+  from regionjax.aot.programs import Program
   from regionjax.aot.report import Report
   from regionjax.config import Config
 
@@ -31,6 +32,11 @@ CPU, and reports whether it fits, what it costs, how it communicates and what wo
 
 Neither the config's data nor its tokenizer is opened. Settings are overridden as in `train`, e.g.
 --model.remat=dots. The exit code is 0 where the program fits and 1 where it doesn't.
+
+On the machine itself, --run N also runs the program N times on made-up data, and says what it takes
+beside what it should:
+
+  regionjax compile configs/gpt4roi_7b.py:stage1 --topology h100:1 --rows-per-chip 2 --run 10
 """
 
 
@@ -75,30 +81,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--text", action="store_true", help="write the compiled program's text to --out too"
   )
+  parser.add_argument(
+    "--run", type=int, default=0, metavar="N",
+    help="run it N times, on the machine that --topology names, which must be this one",
+  )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
   """Compiles; returns the exit code."""
+  from regionjax.aot import analysis
   from regionjax.config_files import load_config
 
   topology = topologies.parse(args.topology, args.slices)
   if args.text and args.out is None:
     raise AotError("--text writes a file: give --out DIR too")
+  if args.run < 0 or (args.run and args.search):
+    raise AotError(f"--run {args.run}: expected a number of runs, and no --search beside it")
   config = load_config(args.config, args.overrides)
-  topologies.use_cpu()
-  devices = topology.devices()
+  if args.run:
+    devices = topology.here()
+  else:
+    topologies.use_cpu()
+    devices = topology.devices()
   no_compile_cache()
   if args.search:
     return _search(config, topology, devices, args)
   config = _meshed(config, topology, args.mesh)
   if args.rows_per_chip is not None:
     config = with_rows(config, args.rows_per_chip * topology.chips)
-  text: list[str] | None = [] if args.text else None
-  report = _compile(config, topology, devices, args, text)
-  print(report.table())
+  program = _program(config, devices, args)
+  kept: list[Any] = []
+  report = analysis.measure(program, topology, keep=kept)
+  print(report.table(), flush=True)
+  text = kept[0].as_text() if args.text and kept else ""
   if args.out is not None:
     _write(report, args.out, text)
+  if args.run and kept:
+    report = _run(report, program, topology, kept[0], args)
   return 0 if report.fits else 1
+
+
+def _run(
+  report: Report, program: Program, topology: topologies.Topology, compiled: Any,
+  args: argparse.Namespace,
+) -> Report:  # fmt: skip
+  """Adds what was measured to the report, and to its file."""
+  import jax
+
+  from regionjax.aot import running
+
+  try:
+    taken = running.seconds(program, compiled, args.run)
+  except jax.errors.JaxRuntimeError as error:
+    raise AotError(f"compiled for this machine, but it doesn't run: {error}") from error
+  report = report.with_measured(running.measured(program, topology, taken))
+  print("\n" + report.measured_line())
+  if args.out is not None:
+    report.write(args.out / f"{file_stem(report)}.json")
+  return report
 
 
 def no_compile_cache() -> None:
@@ -136,23 +176,16 @@ def _meshed(config: Config, topology: topologies.Topology, text: str | None) -> 
   return dataclasses.replace(config, train=dataclasses.replace(config.train, mesh=mesh))
 
 
-def _compile(
-  config: Config,
-  topology: topologies.Topology,
-  devices: list[Any],
-  args: argparse.Namespace,
-  text: list[str] | None = None,
-) -> Report:
-  from regionjax.aot import analysis, programs
+def _program(config: Config, devices: list[Any], args: argparse.Namespace) -> Program:
+  """What the command line asks for, on a mesh of these devices."""
+  from regionjax.aot import programs
   from regionjax.mesh import from_config
 
   mesh: Mesh = from_config(config.train.mesh, devices=devices)
-  if args.program == "decode":
-    length = args.length or config.model.decoder.max_length
-    program = programs.decode(config, mesh, rows=args.rows, length=length)
-  else:
-    program = programs.train(config, mesh)
-  return analysis.measure(program, topology, keep_text=text)
+  if args.program == "train":
+    return programs.train(config, mesh)
+  length = args.length or config.model.decoder.max_length
+  return programs.decode(config, mesh, rows=args.rows, length=length)
 
 
 def _search(
@@ -205,7 +238,7 @@ def _search(
     return 130
   if args.out is not None:
     for one in found:
-      _write(one.report, args.out, None)
+      _write(one.report, args.out, "")
   return 0 if any(one.rows for one in found) else 1
 
 
@@ -249,7 +282,7 @@ def _interruptible(compute: Callable[[], Report]) -> Report:
   return result
 
 
-def _write(report: Report, folder: Path, text: list[str] | None) -> None:
+def _write(report: Report, folder: Path, text: str) -> None:
   from regionjax.aot.report import picture
 
   folder.mkdir(parents=True, exist_ok=True)
@@ -257,7 +290,7 @@ def _write(report: Report, folder: Path, text: list[str] | None) -> None:
   report.write(folder / f"{stem}.json")
   picture(report, folder / f"{stem}.png")
   if text:
-    (folder / f"{stem}.hlo.txt").write_text(text[0])
+    (folder / f"{stem}.hlo.txt").write_text(text)
   print(f"\nwritten: {folder / stem}.json, .png{', .hlo.txt' if text else ''}")
 
 

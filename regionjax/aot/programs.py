@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from regionjax import flops, partition
 from regionjax import mesh as meshes
 from regionjax.aot.errors import AotError
+from regionjax.aot.made_up import made_up_batch
 from regionjax.config import Config
 from regionjax.infer import programs as generation
 from regionjax.infer.sampling import row_keys
@@ -34,11 +35,12 @@ from regionjax.train.step import make_train_step
 
 # Slots are ids that tokens are compared with: any two that differ give the same program.
 SLOTS = types.SimpleNamespace(image_slot_id=0, region_slot_id=1)
+DISPATCH = 16  # tokens of a row that decoding makes before the host looks at them
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A jitted function with abstract arguments on a mesh.
+  """A jitted function with abstract arguments on a mesh, and how to run it where the mesh is real.
 
   Attributes:
     name: 'train' or 'decode'.
@@ -47,8 +49,11 @@ class Program:
     function: jitted.
     args: ShapeDtypeStructs with shardings.
     parts: the arguments by what they are, for the memory split.
-    model_flops: that the model needs for one execution, over all chips.
-    tokens: that one execution sees or makes, over all rows.
+    model_flops: that the model needs for one step, over all chips.
+    tokens: that one step sees or makes, over all rows.
+    make: () -> arguments to run it with, made up, where the mesh's devices can run.
+    follow: (arguments, result) -> the arguments of the next run; the first ones are donated.
+    steps: of one execution that is run with these.
     assumed_trips: of loops that end when the data says so; None where there is none.
   """
 
@@ -60,6 +65,9 @@ class Program:
   parts: dict[str, Any]
   model_flops: float
   tokens: int
+  make: Callable[[], tuple[Any, ...]]
+  follow: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
+  steps: int = 1
   assumed_trips: int | None = None
 
   def trace(self) -> Any:
@@ -90,7 +98,7 @@ def train(config: Config, mesh: Mesh) -> Program:
   optimizer = make_optimizer(config.train)
   build = make_init(config, init, optimizer)
   state = abstract(build, lambda shapes: partition.shardings(config.model, shapes, mesh))
-  lies = jax.tree.map(lambda x: x.sharding, state)
+  lies = _shardings(state)
   shapes = batch_shapes(
     config.model, rows=data.rows, tokens=data.tokens_per_row, images=data.images_per_row,
     regions=data.regions_per_row,
@@ -101,6 +109,13 @@ def train(config: Config, mesh: Mesh) -> Program:
     config.model, tokens=data.tokens_per_row, images=data.images_per_row,
     regions=data.regions_per_row, trainable=config.train.trainable,
   )  # fmt: skip
+
+  def make() -> tuple[Any, ...]:
+    with jax.set_mesh(mesh):
+      made = jax.jit(build, out_shardings=lies)(jax.random.key(config.train.seed), {})
+    rows = made_up_batch(shapes, vocab=config.model.decoder.vocab_size, **vars(SLOTS))
+    return made, *jax.device_put((rows, np.float32(0)), _shardings((batch, progress)))
+
   return Program(
     name="train",
     config=config,
@@ -113,6 +128,8 @@ def train(config: Config, mesh: Mesh) -> Program:
     },
     model_flops=row * data.rows,
     tokens=data.rows * data.tokens_per_row,
+    make=make,
+    follow=lambda args, result: (result[0], *args[1:]),
   )  # fmt: skip
 
 
@@ -151,24 +168,43 @@ def decode(config: Config, mesh: Mesh, *, rows: int, length: int) -> Program:
     done_b=_lying(jax.ShapeDtypeStruct((rows,), jnp.bool_), same),
     step_b=_lying(jax.ShapeDtypeStruct((rows,), jnp.int32), same),
   )
-  rest = jax.eval_shape(
-    lambda: (
-      row_keys(0, jnp.arange(rows, dtype=jnp.int32)), jnp.zeros(1, jnp.int32),
-      jnp.zeros(2, jnp.int32), jnp.int32(0), jnp.float32(0), jnp.float32(0),
-    )
-  )  # fmt: skip
+
+  def settings() -> tuple[Any, ...]:
+    """Keys, ids that stop and ids that are banned (none), and the most tokens now."""
+    none = jnp.full(2, -1, jnp.int32)
+    keys = row_keys(0, jnp.arange(rows, dtype=jnp.int32))
+    beyond = jnp.full(2, model_config.decoder.padded_vocab, jnp.int32)
+    return keys, none[:1], beyond, jnp.int32(DISPATCH), jnp.float32(1), jnp.float32(1)
+
+  rest = _lying(jax.eval_shape(settings), same)
+
+  def make() -> tuple[Any, ...]:
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), running)  # noqa: E731
+    with jax.set_mesh(mesh):
+      return (
+        tuple(
+          jax.jit(f, out_shardings=_shardings(like))()
+          for f, like in ((build, params), (zeros, running))
+        )
+        + jax.jit(settings, out_shardings=_shardings(rest))()
+      )
+
   function: Callable[..., Any] = functools.partial(
-    generation.decode.__wrapped__, model, steps=16, greedy=True
+    generation.decode.__wrapped__, model, steps=DISPATCH, greedy=True
   )
   return Program(
     name="decode",
     config=config,
     mesh=mesh,
     function=jax.jit(function, donate_argnums=1, keep_unused=True),
-    args=(params, running, *_lying(rest, same)),
+    args=(params, running, *rest),
     parts={"parameters": params, "cache": running.cache},
     model_flops=decode_flops(config, rows=rows, length=length),
     tokens=rows,
+    make=make,
+    # The cache fills up and then stays full: all of it is read in every step.
+    follow=lambda args, result: (args[0], result[1], *args[2:]),
+    steps=DISPATCH,
     assumed_trips=1,
   )
 
@@ -189,6 +225,10 @@ def bytes_per_device(tree: Any) -> int:
     size = 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
     total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * size
   return total
+
+
+def _shardings(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def _lying(tree: Any, sharding: Any) -> Any:

@@ -52,6 +52,20 @@ class Report:
     lines += [f"\nwarning: {text}" for text in v["warnings"]]
     return "\n".join(lines)
 
+  def with_measured(self, measured: dict[str, Any]) -> Report:
+    """The same with what was measured where it ran, see `running`."""
+    return Report(self.values | {"measured": measured})
+
+  def measured_line(self) -> str:
+    """What was measured, beside what the machine would take at its peak."""
+    m, bound = self.values["measured"], self.values["time"]["step"]
+    return (
+      f"  {'measured':<22}{m['seconds']:.4g} s a step ({m['least']:.4g} to {m['most']:.4g}, "
+      f"{m['runs']} runs): {m['seconds'] / bound:.2f} x the least that the peaks allow; MFU "
+      f"{m['mfu']:.1%}, {m['tokens_per_second_per_chip']:.0f} tokens/s per chip; "
+      f"{_gib(m['peak_bytes'])} GiB at the worst moment"
+    )
+
 
 def read(path: Path) -> Report | None:
   """A written report; None where there is none, or one of another release."""

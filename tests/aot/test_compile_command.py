@@ -36,8 +36,9 @@ def measured(chips):
   model = dataclasses.replace(config.model, region=RegionConfig(kind="text"))
   config = dataclasses.replace(config, model=model)
   program = programs.train(config, chips("v5e:2x2", data=1, fsdp=4))
-  text = []
-  return analysis.measure(program, topology.parse("v5e:2x2"), keep_text=text), config, text[0]
+  kept = []
+  report_ = analysis.measure(program, topology.parse("v5e:2x2"), keep=kept)
+  return report_, config, kept[0].as_text()
 
 
 @pytest.mark.slow
