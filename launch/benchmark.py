@@ -9,12 +9,13 @@ Each case runs ours and theirs in turn, N rounds after a warm-up, and reports me
 both, and a wide spread says that it did. PyTorch runs in a process of its own
 (`benchmark_torch.py`): this environment's, or for the cases that need torchvision the one whose
 interpreter `--torchvision-python` names. What is not installed is said and skipped. float32
-unless a case says otherwise, random weights of the same sizes, all cores. `--full` takes the region
-module at GPT4RoI's published size (2 TFLOP an image) instead of a quarter of its width. `training`
-is a step of a small region VLM (see `benchmark_training.py`), in float32 and in bfloat16, and
-prints where its time goes. `input` is the input pipeline on one core (see `benchmark_input.py`), in
-CPU seconds; with `--compiled`, a file that `regionjax compile --json` wrote, it says how many cores
-feed that pod.
+unless a case says otherwise, random weights of the same sizes, all cores; where jax has a GPU,
+both run on it, ours as jax chooses, theirs in eager mode. `--full` takes the region module at
+GPT4RoI's published size (2 TFLOP an image) instead of a quarter of its width, and as `decoder` a 7B
+in bfloat16. `training` is a step of a small region VLM (see `benchmark_training.py`), in float32
+and in bfloat16, and prints where its time goes. `input` is the input pipeline on one core (see
+`benchmark_input.py`), in CPU seconds; with `--compiled`, a file that `regionjax compile --json`
+wrote, it says how many cores feed that pod.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from regionjax.models.region_encoders import make_region_encoder
 from regionjax.models.region_lm import ImageFeatures
 from regionjax.models.vit import VisionTransformer
 from regionjax.ops.roi_align import roi_align
+from regionjax.train.state import cast
 
 Step = Callable[[], Any]
 ROI_SHAPES = ((16, 1024), (112, 256), (128, 1024))  # cells per side, channels
@@ -63,7 +65,10 @@ class TorchWorker:
   def __init__(self, python: str):
     script = Path(__file__).with_name("benchmark_torch.py")
     self.process = subprocess.Popen(
-      [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      [python, str(script), "cuda" if jax.default_backend() == "gpu" else "cpu"],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
     )
 
   def ask(self, **request: Any) -> dict:
@@ -93,10 +98,13 @@ def random_boxes(count: int) -> np.ndarray:
 
 
 def random_like(shapes: Any) -> Any:
-  """Parameters of the given shapes: time does not depend on their values."""
-  rng = np.random.default_rng(0)
-  draw = lambda s: jnp.asarray(rng.standard_normal(s.shape, dtype=np.float32) * 0.02)  # noqa: E731
-  return jax.tree.map(draw, shapes)
+  """Parameters of the given shapes and types: time does not depend on their values."""
+  leaves, tree = jax.tree.flatten(shapes)
+  draw = jax.jit(
+    lambda key, s: (0.02 * jax.random.normal(key, s.shape)).astype(s.dtype), static_argnums=1
+  )
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  return tree.unflatten([draw(key, s) for key, s in zip(keys, leaves)])
 
 
 def count(params: Any) -> int:
@@ -140,39 +148,54 @@ def vit_cases():
   yield "ViT-B/16, 224 px, batch 1", sizes, steps, dict(parameters=count(params))
 
 
-def decoder_cases():
+def decoder_cases(full: bool):
   """Greedy generation by a decoder of SmolLM2-135M's size: `infer.programs`, which `chat` runs.
 
   The prompt alone, and the prompt with the new tokens behind it. Ours also feeds the last token
-  back, so that the next turn can follow; Hugging Face's `generate` does not.
+  back, so that the next turn can follow; Hugging Face's `generate` does not. In full a LLaMA-7B in
+  bfloat16, with prompts of an image's length.
   """
-  prompt, new = 64, 32
-  sizes = dict(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, mlp=1536)
+  if full:
+    prompt, new, dtype = 512, 64, "bfloat16"
+    sizes = dict(vocab=32000, width=4096, layers=32, heads=32, kv_heads=32, mlp=11008)
+  else:
+    prompt, new, dtype = 64, 32, "float32"
+    sizes = dict(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, mlp=1536)
   decoder = DecoderConfig(
-    vocab_size=sizes["vocab"], width=576, layers=30, heads=9, kv_heads=3, head_dim=64,
-    mlp_width=1536, tie_embeddings=True,
+    vocab_size=sizes["vocab"], width=sizes["width"], layers=sizes["layers"], heads=sizes["heads"],
+    kv_heads=sizes["kv_heads"], head_dim=sizes["width"] // sizes["heads"], mlp_width=sizes["mlp"],
+    tie_embeddings=not full,
   )  # fmt: skip
+  sizes |= dict(prompt=prompt, new=new, dtype=dtype)
   # The text is all there is: the images' and regions' parts are as small as they come, and idle.
-  config = dataclasses.replace(ModelConfig.tiny("none"), decoder=decoder)
-  model = model_for(config, generate=True)
-  params = random_like(jax.eval_shape(unstack_layers, param_shapes(config)))
+  config = dataclasses.replace(ModelConfig.tiny("none"), decoder=decoder, compute_dtype=dtype)
+  shapes = jax.eval_shape(lambda tree: cast(unstack_layers(tree), dtype), param_shapes(config))
+  params = random_like(shapes)
+  for rows in (1, 8) if full else (1,):
+    yield decoder_case(config, params, sizes | dict(rows=rows))
+
+
+def decoder_case(config: ModelConfig, params: Any, sizes: dict) -> tuple:
+  """(title, sizes, steps, facts) of so many equal prompts."""
+  rows, prompt, new = (sizes[name] for name in ("rows", "prompt", "new"))
+  model, dtype = model_for(config, generate=True), jnp.dtype(config.compute_dtype)
   ids = np.random.default_rng(0).integers(0, sizes["vocab"], prompt).astype(np.int32)
   arrays = pad_prompts(
-    [Prompt(ids)], rows=1, patches=config.vision.tokens, pad_id=0, region_slot_id=-1
+    [Prompt(ids)] * rows, rows=rows, patches=config.vision.tokens, pad_id=0, region_slot_id=-1
   )
   arrays = PromptArrays(*map(jnp.asarray, arrays))
   none = jnp.array([-1], jnp.int32)  # no id stops
-  beyond = jnp.array([decoder.padded_vocab], jnp.int32)  # nor is any banned
-  one, keys = jnp.float32(1.0), row_keys(0, jnp.arange(1))
+  beyond = jnp.array([config.decoder.padded_vocab], jnp.int32)  # nor is any banned
+  one, keys = jnp.float32(1.0), row_keys(0, jnp.arange(rows))
 
   def prefill():
-    cache = init_cache(decoder, 1, prompt + new)
+    cache = init_cache(config.decoder, rows, prompt + new, dtype)
     start = programs.prefill(model, params, ImageFeatures(None, None), arrays, cache)
     return jax.block_until_ready(start)
 
   def generate():
     logits, cache = prefill()
-    start = programs.Running(cache, logits, jnp.zeros(1, bool), jnp.zeros(1, jnp.int32))
+    start = programs.Running(cache, logits, jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32))
     tokens, _ = programs.decode(
       model, params, start, keys, none, beyond, jnp.int32(new), one, one, steps=new, greedy=True
     )
@@ -180,9 +203,9 @@ def decoder_cases():
 
   if (generate() < 0).any():
     raise RuntimeError(f"decoder: fewer than {new} tokens were generated")
-  facts = dict(parameters=count(params["decoder"]))
-  steps = dict(prefill=prefill, prefill_decode=generate)
-  yield f"135M LLaMA, {prompt}+{new} tokens", sizes | dict(prompt=prompt, new=new), steps, facts
+  parameters = count(params["decoder"])
+  title = f"{parameters / 1e6:.0f}M LLaMA, {rows} x {prompt}+{new}"
+  return title, sizes, dict(prefill=prefill, prefill_decode=generate), dict(parameters=parameters)
 
 
 def region_module_cases(full: bool):
@@ -294,7 +317,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     help="interpreter that has torch and torchvision (roi_align, region_module, input)",
   )  # fmt: skip
   parser.add_argument("--rounds", type=int, default=9, help="turns per case (default %(default)s)")
-  parser.add_argument("--full", action="store_true", help="region module at its published size")
+  parser.add_argument("--full", action="store_true", help="sizes as published")
   parser.add_argument(
     "--photos", type=Path, metavar="FOLDER",
     help="JPEG files for `input` (default: scikit-learn's two of 640 x 427)",
@@ -320,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
   cases = dict(
     roi_align=roi_align_cases,
     vit=vit_cases,
-    decoder=decoder_cases,
+    decoder=lambda: decoder_cases(args.full),
     region_module=lambda: region_module_cases(args.full),
     training=training_cases,
     input=lambda: input_cases(photographs(args.photos)),
@@ -338,7 +361,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
       for case in cases[name]():
         rows += measure(name, case, worker, args.rounds)
-        if name == "training":
+        if name == "training" and jax.default_backend() == "cpu":
           step = case[2]["step"]
           print_profile(profile(step, step.text()))
     finally:

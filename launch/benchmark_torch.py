@@ -6,6 +6,7 @@ Reads one JSON object per line, answers each with one:
   {"run": NAME}             ->  {"seconds": x, "cpu_seconds": y}
 
 jax isn't imported here, nor torch in `benchmark.py`: neither library's threads disturb the other.
+The device is the first argument, 'cpu' or 'cuda'.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def make_roi_align(*, side: int, channels: int, boxes: list, bins: int, ratio: i
 
   rng = np.random.default_rng(0)
   x_hwc = rng.standard_normal((side, side, channels), dtype=np.float32)
-  x = torch.from_numpy(np.ascontiguousarray(x_hwc.transpose(2, 0, 1)))[None].requires_grad_()
+  x = torch.tensor(np.ascontiguousarray(x_hwc.transpose(2, 0, 1)))[None].requires_grad_()
   pixels = torch.tensor(boxes) * side
   args = ([pixels], (bins, bins), 1.0, ratio, True)
 
@@ -71,17 +72,22 @@ def make_vit(*, image: int, patch: int, width: int, layers: int, heads: int, mlp
 
 
 def make_decoder(
-  *, vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int, prompt: int, new: int
-) -> dict:
+  *, vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int, prompt: int,
+  new: int, rows: int, dtype: str,
+) -> dict:  # fmt: skip
   """Hugging Face's LLaMA: the prompt alone, and `generate`, greedy, with its default cache."""
   import transformers
 
   config = transformers.LlamaConfig(
     vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-    num_key_value_heads=kv_heads, intermediate_size=mlp, tie_word_embeddings=True,
+    num_key_value_heads=kv_heads, intermediate_size=mlp, tie_word_embeddings=width < 4096,
   )  # fmt: skip
-  model = transformers.LlamaForCausalLM(config).eval()
-  ids = torch.randint(0, vocab, (1, prompt))
+  torch.set_default_dtype(getattr(torch, dtype))
+  try:
+    model = transformers.LlamaForCausalLM(config).eval()
+  finally:
+    torch.set_default_dtype(torch.float32)
+  ids = torch.randint(0, vocab, (1, prompt)).expand(rows, -1)
 
   def prefill():
     with torch.inference_mode():
@@ -277,7 +283,7 @@ def make_training(*, dtype: str, **sizes) -> dict:
     region_slots=slots[1], labels=labels, boxes=boxes,
     cover=torch.full((s.rows, s.regions, patches), 0.25),
   )  # fmt: skip
-  low = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+  low = torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=dtype == "bfloat16")
 
   def step():
     optimizer.zero_grad(set_to_none=True)
@@ -319,6 +325,7 @@ def make_input(*, paths: list[str], side: int, rule: str, rows: int) -> dict:
   else:
     read, against = torchvision_reader(torchvision), f"torchvision {torchvision.__version__}"
   torch.set_num_threads(1)
+  torch.set_default_device("cpu")
   mean, std = torch.full((3, 1, 1), 0.45), torch.full((3, 1, 1), 0.27)
 
   def bicubic(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -354,6 +361,9 @@ MAKERS = {
 
 
 def main() -> None:
+  torch.set_default_device(sys.argv[1])
+  if sys.argv[1] == "cuda":  # there jax multiplies float32 in TF32, and so does torch if told to
+    torch.set_float32_matmul_precision("high")
   torch.set_num_threads(os.cpu_count() or 1)  # `make_input` takes one, in a process of its own
   torch.manual_seed(0)
   case: dict = {}
@@ -370,6 +380,8 @@ def main() -> None:
     else:
       start = time.perf_counter(), time.process_time()
       case[request["run"]]()
+      if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
       wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
       answer = dict(seconds=wall, cpu_seconds=cpu)
     print(json.dumps(answer), flush=True)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from regionjax.aot import splash_costs
+from regionjax.aot import cudnn_costs, splash_costs
 from regionjax.aot.hlo import COLLECTIVES, HBM, Computation, Instruction, Leaf, Module
 from regionjax.aot.hlo_loops import Executions
 from regionjax.aot.jaxpr_flops import window_pairs
@@ -29,6 +29,7 @@ _FREE = frozenset((
 ))  # fmt: skip
 _NAMES_MEMORY = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 _SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand is what is written
 
 
 class Kernel(NamedTuple):
@@ -109,6 +110,8 @@ def _library_call(i: Instruction, computation: Computation) -> float:
     return flops
   target = i.attribute("custom_call_target").strip('"')
   operands = [computation.instructions[name].leaves[0] for name in i.operands]
+  if (direction := cudnn_costs.direction(target)) is not None:
+    return cudnn_costs.flops(direction, operands[0].dims, operands[1].dims)
   if "gemm" in target or "matmul" in target:
     match = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
     axes = [int(n) for n in re.findall(r"\d+", match[1])] if match else []
@@ -195,8 +198,8 @@ def _bytes(module: Module, computation: Computation, i: Instruction) -> float:
     return read + _written(fused, outer)
   if i.opcode in _SLICES:
     return 2.0 * _in_hbm(i) if operands[0].leaves[0].space == HBM else _in_hbm(i)
-  if i.opcode == "dynamic-update-slice":
-    return 2.0 * _in_hbm(operands[1]) if i.leaves[0].space == HBM else 0.0
+  if i.opcode in _UPDATES and len(i.leaves) == 1:
+    return 2.0 * _in_hbm(operands[_UPDATES[i.opcode]]) if i.leaves[0].space == HBM else 0.0
   if i.opcode.endswith("-start"):
     return _start_bytes(i, operands)
   return float(_in_hbm(i) + sum(map(_in_hbm, operands)))
@@ -233,7 +236,7 @@ def _read(fused: Computation, parameter: Instruction, operand: Instruction) -> f
     for user in fused.users[name]:
       if user.opcode in _SLICES and user.operands[0] == name:
         read += sum(leaf.bytes for leaf in user.leaves)
-      elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+      elif user.opcode in _UPDATES and user.operands[0] == name:
         continue  # written in place
       elif user.opcode == "bitcast":
         names.append(user.name)
@@ -258,8 +261,8 @@ def _written(fused: Computation, outer: Instruction) -> float:
       part = fused.instructions[part.operands[0]]
     if part.opcode == "parameter" or "chain_id=" in part.attributes:
       continue
-    if part.opcode == "dynamic-update-slice":
-      total += fused.instructions[part.operands[1]].leaves[0].bytes
+    if part.opcode in _UPDATES:
+      total += fused.instructions[part.operands[_UPDATES[part.opcode]]].leaves[0].bytes
     else:
       total += leaf.bytes
   return total

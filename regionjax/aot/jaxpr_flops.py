@@ -16,7 +16,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval as pe
 
-from regionjax.aot import splash_costs
+from regionjax.aot import cudnn_costs, splash_costs
 from regionjax.aot.errors import AotError
 
 
@@ -66,6 +66,8 @@ def _equation(e: core.JaxprEqn, assumed: int | None, platform: str | None) -> fl
         "trips to count"
       )
     return body * (assumed or 1)
+  if (direction := cudnn_costs.direction(name)) is not None:
+    return cudnn_costs.flops(direction, *(v.aval.shape for v in e.invars[:2]))
   inner = sum(map(count, _inner(params)))
   if name == "shard_map":
     # Older releases of jax named the axes otherwise.

@@ -193,3 +193,66 @@ def test_flops_of_library_calls():
   assert found["gemm"] == 2 * 64 * 32 * 16
   assert found["conv"] == 2 * 2 * 8 * 8 * 9 * 4 * 16
   assert found["mosaic"] == 1234
+
+
+SCATTERED = """\
+HloModule scattered, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %b.1 = f32[] bitcast(%b)
+}
+
+%fused (cache: f32[64,1024], at: s32[2,1], new: f32[2,1024]) -> f32[64,1024] {
+  %cache = f32[64,1024]{1,0} parameter(0)
+  %at = s32[2,1]{1,0} parameter(1)
+  %new = f32[2,1024]{1,0} parameter(2)
+  ROOT %scatter.1 = f32[64,1024]{1,0} scatter(%cache, %at, %new), update_window_dims={1}, inserted_window_dims={0}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%add
+}
+
+ENTRY %main (cache: f32[64,1024], at: s32[2,1], new: f32[2,1024]) -> f32[64,1024] {
+  %cache = f32[64,1024]{1,0} parameter(0)
+  %at = s32[2,1]{1,0} parameter(1)
+  %new = f32[2,1024]{1,0} parameter(2)
+  %alone = f32[64,1024]{1,0} scatter(%cache, %at, %new), update_window_dims={1}, inserted_window_dims={0}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%add
+  ROOT %within = f32[64,1024]{1,0} fusion(%alone, %at, %new), kind=kInput, calls=%fused
+}
+"""  # noqa: E501
+
+
+def test_what_is_scattered_into_an_array_is_written_in_place(read):
+  """As a GPU appends to its cache: rows are read and written, not the array."""
+  moved = {k.name: k.bytes for k in read(SCATTERED).kernels}
+  assert moved == {"alone": 2 * 2 * 4096, "within": 2 * 2 * 4096 + 2 * 4}
+
+
+@pytest.mark.parametrize("target, products", [("", 2), ("Backward", 5)])
+def test_flops_of_cudnn_attention(target, products, read):
+  shape = "bf16[2,256,4,64]{3,2,1,0}"
+  names = "abcd"
+  given = "\n".join(f"  %{n} = {shape} parameter({i})" for i, n in enumerate(names))
+  text = (
+    "HloModule attention, is_scheduled=true\n\n"
+    f"ENTRY %main ({', '.join(f'{n}: bf16[2,256,4,64]' for n in names)}) -> bf16[2,256,4,64] {{\n"
+    f"{given}\n"
+    f"  %run = ({shape}, u8[0]{{0}}) custom-call(%a, %b, %c, %d), "
+    f'custom_call_target="__cudnn$fmhaScaleBiasSoftmax{target}"\n'
+    f"  ROOT %out = {shape} get-tuple-element(%run), index=0\n}}\n"
+  )
+  assert read(text).flops == products * 2 * 2 * 4 * 256 * 256 * 64 / 2
+
+
+def test_flops_of_cudnn_attention_agree_with_the_trace(monkeypatch):
+  """jax can't trace it where there is no GPU, unless it is told that there is cuDNN."""
+  from jax._src.cudnn import fused_attention_stablehlo as library
+
+  from regionjax.ops.attention import cudnn
+
+  monkeypatch.setattr(library, "check_cudnn_version", lambda: 91900)
+  q = jax.ShapeDtypeStruct((2, 4, 256, 64), jnp.bfloat16)
+  ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+  one = 2 * 2 * 4 * 256 * 256 * 64 / 2
+  assert flops(cudnn.forward, q, q, q, ids) == 2 * one
+  out, rest = q, jax.ShapeDtypeStruct((2, 4, 256), jnp.float32)
+  assert flops(cudnn.backward, q, q, q, ids, out, rest, q) == (2 + 5) * one

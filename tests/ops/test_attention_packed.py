@@ -4,13 +4,14 @@ import functools
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regionjax.ops.attention import attend_packed, splash
+from regionjax.ops.attention import attend_packed, cudnn, splash
 
 TOKENS = 256
 LENGTHS = ([100, 70, 50, 36], [128, 128, 0, 0])  # segments 1, 2, 3 and padding
@@ -20,11 +21,11 @@ def segments():
   return np.stack([np.repeat([1, 2, 3, 0], n) for n in LENGTHS]).astype(np.int32)
 
 
-def draw(kv_heads, dtype=jnp.float32, seed=0):
+def draw(kv_heads, dtype=jnp.float32, seed=0, channels=8):
   """q, k, v and a gradient of the result."""
   rng = np.random.default_rng(seed)
   heads = (4, kv_heads, kv_heads, 4)
-  return tuple(jnp.asarray(rng.standard_normal((2, n, TOKENS, 8)), dtype) for n in heads)
+  return tuple(jnp.asarray(rng.standard_normal((2, n, TOKENS, channels)), dtype) for n in heads)
 
 
 @functools.cache
@@ -62,14 +63,14 @@ def test_splash_in_bfloat16_has_an_f32_softmax():
     assert float(jnp.abs(ours - theirs).max() / jnp.abs(theirs).max()) < 0.02
 
 
-def leaks(run, used_ids, *, true_ids):
+def leaks(run, used_ids, *, true_ids, **drawn):
   """What crosses from one segment of `true_ids` to another when attention is given `used_ids`.
 
   Other tokens in one segment must leave the results of the others bitwise as they were, and the
   results of one segment must have gradients of exactly zero for the others' q, k and v.
   """
-  q, k, v, g = draw(2)
-  others = draw(2, seed=1)
+  q, k, v, g = draw(2, **drawn)
+  others = draw(2, seed=1, **drawn)
   before = run(q, k, v, g, used_ids)[0]
   found = []
   for segment in (0, 1, 2, 3):
@@ -129,12 +130,66 @@ def test_what_splash_takes_and_its_blocks(monkeypatch):
   assert [splash.block_size(t) for t in (128, 640, 1152, 2048, 8192)] == [128, 128, 384, 512, 512]
 
 
+def test_what_cudnn_takes():
+  assert cudnn.takes((1, 2, 64, 8), jnp.bfloat16) and cudnn.takes((1, 2, 2048, 128), jnp.float16)
+  for shape in ((1, 2, 100, 64), (1, 2, 0, 64), (1, 2, 128, 12), (1, 2, 128, 136)):
+    assert not cudnn.takes(shape, jnp.bfloat16)
+  assert not cudnn.takes((1, 2, 128, 64), jnp.float32)
+
+
+@pytest.mark.parametrize(
+  "device, there",
+  [
+    (dict(platform="gpu", compute_capability="9.0"), True),
+    (dict(platform="gpu", compute_capability="7.5"), False),
+    (dict(platform="gpu", compute_capability="gfx942"), False),
+    (dict(platform="tpu"), False),
+  ],
+)
+def test_where_cudnn_is_available(device, there, monkeypatch):
+  monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(**device)])
+  assert cudnn.available() is there
+
+
+BF16 = dict(dtype=jnp.bfloat16, channels=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_cudnn_is_the_xla_form(kv_heads):
+  args = draw(kv_heads, **BF16)
+  exact = both_ways("xla")(*(a.astype(jnp.float32) for a in args), segments())
+  for ours, theirs in zip(both_ways("cudnn")(*args, segments()), exact):
+    assert ours.dtype == jnp.bfloat16
+    assert float(jnp.abs(ours - theirs).max() / jnp.abs(theirs).max()) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["cudnn", None])
+def test_on_a_gpu_no_segment_sees_another(implementation):
+  run, ids = both_ways(implementation), segments()
+  assert "fmha" in run.lower(*draw(2, **BF16), ids).compile().as_text()
+  assert leaks(run, ids, true_ids=ids, **BF16) == []
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_wrong_segment_ids_are_seen():
+  found = leaks(both_ways("cudnn"), np.maximum(segments(), 1), true_ids=segments(), **BF16)
+  assert any("results see segment 1" in leak for leak in found), found
+
+
 def test_errors_say_what_was_given():
   q = jnp.zeros((1, 2, 100, 8))
   ids = jnp.ones((1, 100), jnp.int32)
   with pytest.raises(ValueError, match=r"float32\[1, 2, 100, 8\].*multiples of 128"):
     attend_packed(q, q, q, ids, implementation="splash")
-  with pytest.raises(ValueError, match="'flash', expected None or one of 'xla', 'splash'"):
+  with pytest.raises(ValueError, match=r"cudnn doesn't take float32\[1, 2, 100, 8\].*bfloat16"):
+    attend_packed(q, q, q, ids, implementation="cudnn")
+  if not cudnn.available():
+    q16, ids16 = jnp.zeros((1, 2, 64, 8), jnp.bfloat16), jnp.ones((1, 64), jnp.int32)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU of compute capability 8.0"):
+      attend_packed(q16, q16, q16, ids16, implementation="cudnn")
+  with pytest.raises(ValueError, match="'flash', expected None or one of 'xla', 'splash', 'cudnn'"):
     attend_packed(q, q, q, ids, implementation="flash")
 
 

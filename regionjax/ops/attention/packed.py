@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from regionjax.ops.attention import splash
+from regionjax.ops.attention import cudnn, splash
 from regionjax.ops.attention.dense import attend
 
 Array = jax.Array
 
-IMPLEMENTATIONS = ("xla", "splash")
+IMPLEMENTATIONS = ("xla", "splash", "cudnn")
 
 # What a remat policy calls the result and, with splash, the statistics of its softmax. Who keeps
 # both doesn't run the forward pass again.
@@ -49,38 +49,63 @@ def attend_packed(
         are computed again in the backward pass.
       'splash': jax's TPU kernel, whose weights never leave the chip; T, H and dtype as
         `splash.takes`. Elsewhere it is emulated, for tests. Reverse mode only.
-      None: 'splash' on a TPU where it takes the shapes, 'xla' otherwise. Not cuDNN on a GPU:
-        `jax.nn.dot_product_attention` knows a row's length, not its segments (it would take them
-        as a mask, which it turns into a [B, 1, T, T] bias in memory), and silently lets them see
-        each other without. The offsets of packed segments that cuDNN knows (Hopper only) are no
-        public API, and want a static bound on the segments of a row.
+      'cudnn': NVIDIA's kernel, likewise; as `cudnn.takes`, and only where there is such a GPU.
+      None: 'splash' on a TPU and 'cudnn' on a GPU where they take the shapes, 'xla' otherwise.
 
   Returns:
     [B, N, T, H] in q's dtype. Values of other segments have a weight of exactly zero, in both
     directions; they must be finite, because 0 * NaN is NaN.
 
-  On a mesh 'xla' is split by the compiler. 'splash' puts itself into a `shard_map`, rows over
-  `data` and `fsdp`, heads over `tensor`, see `regionjax.ops.placement`.
+  On a mesh 'xla' is split by the compiler. The kernels are put into a `shard_map`, rows over `data`
+  and `fsdp`, heads over `tensor`, see `regionjax.ops.placement`.
 
   Raises:
-    ValueError: an unknown implementation, or shapes that 'splash' doesn't take.
+    ValueError: an unknown implementation, or one that doesn't take the shapes or isn't there.
   """
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
       f"attend_packed: implementation={implementation!r}, expected None or one of "
       f"{', '.join(map(repr, IMPLEMENTATIONS))}"
     )
-  takes = splash.takes(q_bnth.shape, q_bnth.dtype)
-  if implementation == "splash" and not takes:
-    raise ValueError(
-      f"attend_packed: splash doesn't take {q_bnth.dtype}{list(q_bnth.shape)}: it wants float32 or "
-      f"bfloat16, tokens in multiples of {splash.LANES} and heads of {splash.SUBLANES} to "
-      f"{splash.MAX_HEAD} channels in multiples of {splash.SUBLANES}"
-    )
-  if implementation == "xla" or not takes:
+  kernels = _kernels(q_bnth.shape, q_bnth.dtype, implementation)
+  if not kernels:
     out_bnth = _attend_blocks_again(q_bnth, k_bkth, v_bkth, segment_ids_bt)
     return checkpoint_name(out_bnth, CHECKPOINT_NAME)
-  return _packed(q_bnth, k_bkth, v_bkth, segment_ids_bt, implementation or "xla")
+  return _packed(q_bnth, k_bkth, v_bkth, segment_ids_bt, kernels)
+
+
+def _kernels(
+  shape: tuple[int, ...], dtype: jnp.dtype, implementation: str | None
+) -> tuple[str, ...]:
+  """Names of the kernels that a program holds, each for its platform; none: the XLA form.
+
+  'emulated' among them stands for splash on other platforms.
+
+  Raises:
+    ValueError: see `attend_packed`.
+  """
+  given = f"attend_packed: {implementation} doesn't take {dtype}{list(shape)}: it wants "
+  if implementation == "splash" and not splash.takes(shape, dtype):
+    raise ValueError(
+      f"{given}float32 or bfloat16, tokens in multiples of {splash.LANES} and heads of "
+      f"{splash.SUBLANES} to {splash.MAX_HEAD} channels in multiples of {splash.SUBLANES}"
+    )
+  if implementation == "cudnn" and not cudnn.takes(shape, dtype):
+    raise ValueError(
+      f"{given}bfloat16 or float16, tokens in multiples of 64 and heads of 8 to {cudnn.MAX_HEAD} "
+      "channels in multiples of 8"
+    )
+  if implementation == "cudnn" and not cudnn.available():
+    raise ValueError(
+      "attend_packed: implementation='cudnn' needs an NVIDIA GPU of compute capability "
+      f"{cudnn.LEAST_CAPABILITY} or more as jax's default device, which is "
+      f"{jax.local_devices()[0].device_kind!r}; leave implementation out to have what fits"
+    )
+  named = {"xla": (), "splash": ("splash", "emulated"), "cudnn": ("cudnn",)}
+  if implementation is not None:
+    return named[implementation]
+  chosen = ("splash",) if splash.takes(shape, dtype) else ()
+  return (*chosen, "cudnn") if cudnn.takes(shape, dtype) and cudnn.available() else chosen
 
 
 def attend_blocks(q_bnth: Array, k_bkth: Array, v_bkth: Array, segment_ids_bt: Array) -> Array:
@@ -109,25 +134,25 @@ def packed_mask(segment_ids_bt: Array, *, start: int, end: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _packed(
-  q_bnth: Array, k_bkth: Array, v_bkth: Array, segment_ids_bt: Array, elsewhere: str
+  q_bnth: Array, k_bkth: Array, v_bkth: Array, segment_ids_bt: Array, kernels: tuple[str, ...]
 ) -> Array:
-  """Splash on a TPU; `elsewhere` names what runs on other platforms."""
+  """Each kernel on its platform, and the XLA form on others."""
   args = (q_bnth, k_bkth, v_bkth, segment_ids_bt)
-  return _by_platform(splash.forward, attend_blocks, elsewhere, args)
+  return _by_platform("forward", attend_blocks, kernels, args)
 
 
-def _forward_rule(q_bnth, k_bkth, v_bkth, segment_ids_bt, elsewhere):
+def _forward_rule(q_bnth, k_bkth, v_bkth, segment_ids_bt, kernels):
   args = (q_bnth, k_bkth, v_bkth, segment_ids_bt)
   # Named here, outside of the choice by platform: a remat policy doesn't look into that one.
   out_bnth, logsumexp_bnt = checkpoint_name(
-    _by_platform(splash.forward_saving, _blocks_saving, elsewhere, args), CHECKPOINT_NAME
+    _by_platform("forward_saving", _blocks_saving, kernels, args), CHECKPOINT_NAME
   )
   return out_bnth, (*args, out_bnth, logsumexp_bnt)
 
 
-def _backward_rule(elsewhere, residuals, cotangent_bnth):
+def _backward_rule(kernels, residuals, cotangent_bnth):
   args = (*residuals, cotangent_bnth)
-  return *_by_platform(splash.backward, _blocks_backward, elsewhere, args), None
+  return *_by_platform("backward", _blocks_backward, kernels, args), None
 
 
 _packed.defvjp(_forward_rule, _backward_rule)
@@ -145,10 +170,13 @@ def _blocks_backward(q_bnth, k_bkth, v_bkth, segment_ids_bt, out, logsumexp, cot
   return pullback(cotangent_bnth)
 
 
-def _by_platform(kernel, blocks, elsewhere, args):
+def _by_platform(direction: str, blocks, kernels: tuple[str, ...], args):
   """The platform is known when the program is lowered, not now: it may be compiled for another."""
-  if elsewhere == "splash":
-    blocks = functools.partial(kernel, interpret=True)
-  return jax.lax.platform_dependent(
-    *args, tpu=functools.partial(kernel, interpret=False), default=blocks
-  )
+  chosen = {}
+  if "splash" in kernels:
+    run = getattr(splash, direction)
+    chosen["tpu"] = functools.partial(run, interpret=False)
+    blocks = functools.partial(run, interpret=True) if "emulated" in kernels else blocks
+  if "cudnn" in kernels:
+    chosen["cuda"] = getattr(cudnn, direction)
+  return jax.lax.platform_dependent(*args, **chosen, default=blocks)

@@ -13,9 +13,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from regionjax.ops import placement
+from regionjax.ops.attention.by_heads import on_mesh
 
 Array = jax.Array
 
@@ -48,7 +47,7 @@ def forward(
   q_bnth: Array, k_bkth: Array, v_bkth: Array, segment_ids_bt: Array, *, interpret: bool
 ) -> Array:
   """The attended values, [B, N, T, H]."""
-  return _on_mesh(
+  return on_mesh(
     functools.partial(_forward, save=False, interpret=interpret),
     (q_bnth, k_bkth, v_bkth), segment_ids_bt,
   )  # fmt: skip
@@ -58,7 +57,7 @@ def forward_saving(
   q_bnth: Array, k_bkth: Array, v_bkth: Array, segment_ids_bt: Array, *, interpret: bool
 ) -> tuple[Array, Array]:
   """The attended values, and the logarithm of each softmax's denominator, [B, N, T] f32."""
-  return _on_mesh(
+  return on_mesh(
     functools.partial(_forward, save=True, interpret=interpret),
     (q_bnth, k_bkth, v_bkth), segment_ids_bt,
   )  # fmt: skip
@@ -76,23 +75,10 @@ def backward(
   interpret: bool,
 ) -> tuple[Array, Array, Array]:
   """Gradients of q, k and v from what `forward_saving` gave."""
-  return _on_mesh(
+  return on_mesh(
     functools.partial(_backward, interpret=interpret),
     (q_bnth, k_bkth, v_bkth, out_bnth, logsumexp_bnt, cotangent_bnth), segment_ids_bt,
   )  # fmt: skip
-
-
-def _on_mesh(run, by_head: tuple[Array, ...], segment_ids_bt: Array):
-  """`run(segment_ids_bt, *by_head)` on every device's own rows and heads."""
-  q_bnth, k_bkth, *_ = by_head
-  mesh = placement.mesh_of(q_bnth)
-  if mesh is None:
-    return run(segment_ids_bt, *by_head)
-  rows = placement.row_axes(mesh, q_bnth.shape[0])
-  heads = placement.split_axis(mesh, q_bnth.shape[1], k_bkth.shape[1])
-  whole = PartitionSpec(rows, heads)
-  specs = (PartitionSpec(rows), *(whole for _ in by_head))
-  return placement.on_mesh(run, mesh, specs, whole)(segment_ids_bt, *by_head)
 
 
 def _forward(segment_ids_bt, q_bnth, k_bkth, v_bkth, *, save: bool, interpret: bool):
