@@ -14,7 +14,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from regionjax.aot.hlo import COLLECTIVES, Computation, Instruction, Module, replica_groups
+from regionjax.aot.hlo import (
+  COLLECTIVES,
+  FUSIONS,
+  Computation,
+  Instruction,
+  Module,
+  replica_groups,
+)
 from regionjax.aot.hlo_loops import Executions
 
 _VIEWS = (
@@ -234,7 +241,7 @@ def parameter_of(module: Module, computation: Computation, name: str) -> str:
 _ALIKE = (
   "bitcast", "reshape", "copy", "convert", "transpose", "dynamic-slice", "slice", "copy-start",
   "copy-done", "all-gather", "all-gather-start", "all-gather-done", "opt-barrier", "async-done",
-  "async-update", "reduce-precision", "slice-start", "slice-done",
+  "async-update", "reduce-precision", "slice-start", "slice-done", "fusion-done",
 )  # fmt: skip
 
 
@@ -251,7 +258,7 @@ def _source(
     return (here, gathers[0], None) if gathers else None
   if i.opcode in _ALIKE or (i.opcode == "custom-call" and '"ConcatBitcast"' in i.attributes):
     return here, i.operands[0], index if i.opcode == "opt-barrier" else None
-  if i.opcode in ("fusion", "call", "async-start"):
+  if i.opcode in (*FUSIONS, "call"):
     inner = module.computations[i.called[0]]
     return inner, inner.root, index
   if i.opcode == "while" and index is not None:

@@ -23,6 +23,7 @@ BITS = {
   "u32": 32, "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64,
   "c128": 128, "f4e2m1fn": 4, "token": 0, "opaque": 0,
 }  # fmt: skip
+FUSIONS = ("fusion", "fusion-start", "async-start")  # call a computation that is one kernel
 COLLECTIVES = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
   "collective-broadcast", "ragged-all-to-all",
@@ -117,7 +118,7 @@ class Instruction:
       return [self.attribute(side).lstrip("%") for side in sides]
     if self.opcode == "call":
       return [self.attribute("to_apply").lstrip("%")]
-    if self.opcode in ("fusion", "async-start"):
+    if self.opcode in FUSIONS:
       return [self.attribute("calls").lstrip("%")]
     return []
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from regionjax.aot import cudnn_costs, splash_costs
-from regionjax.aot.hlo import COLLECTIVES, HBM, Computation, Instruction, Leaf, Module
+from regionjax.aot.hlo import COLLECTIVES, FUSIONS, HBM, Computation, Instruction, Leaf, Module
 from regionjax.aot.hlo_loops import Executions
 from regionjax.aot.jaxpr_flops import window_pairs
 
@@ -136,7 +136,7 @@ def kernels(module: Module, executions: Executions) -> Iterator[Kernel]:
     name
     for computation in module.computations.values()
     for i in computation
-    if i.opcode in ("fusion", "async-start")
+    if i.opcode in FUSIONS
     for name in i.called
   }
   for name, times in executions.count.items():
@@ -188,7 +188,7 @@ def _bytes(module: Module, computation: Computation, i: Instruction) -> float:
   operands = [computation.instructions[name] for name in i.operands]
   if i.opcode == "copy-start":  # its result is (target, source, context)
     return sum(leaf.bytes for leaf in i.leaves[:2] if leaf.space == HBM)
-  if i.opcode in ("fusion", "async-start"):
+  if i.opcode in FUSIONS:
     fused = module.computations[i.called[0]]
     if (started := _async_collective(fused)) is not None:
       return started

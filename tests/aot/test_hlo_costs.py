@@ -227,6 +227,32 @@ def test_what_is_scattered_into_an_array_is_written_in_place(read):
   assert moved == {"alone": 2 * 2 * 4096, "within": 2 * 2 * 4096 + 2 * 4}
 
 
+SLICED = """\
+HloModule sliced, is_scheduled=true
+
+%fused (stack: f32[32,1024], at: s32[]) -> f32[1,1024] {
+  %stack = f32[32,1024]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = f32[1,1024]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,1024}
+}
+
+ENTRY %main (stack: f32[32,1024], at: s32[]) -> f32[1,1024] {
+  %stack = f32[32,1024]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %begun = ((f32[32,1024]{1,0}, s32[]), f32[1,1024]{1,0}, u32[]) fusion-start(%stack, %at), kind=kLoop, calls=%fused
+  ROOT %done = f32[1,1024]{1,0} fusion-done(%begun)
+}
+"""  # noqa: E501
+
+
+def test_a_fusion_that_runs_beside_others_reads_what_it_slices(read):
+  """As a GPU fetches a layer's parameters from their stack."""
+  assert {k.name: (k.bytes, k.waits) for k in read(SLICED).kernels} == {
+    "begun": (2 * 4096 + 4, False)
+  }
+
+
 @pytest.mark.parametrize("target, products", [("", 2), ("Backward", 5)])
 def test_flops_of_cudnn_attention(target, products, read):
   shape = "bf16[2,256,4,64]{3,2,1,0}"

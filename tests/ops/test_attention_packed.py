@@ -187,7 +187,7 @@ def test_errors_say_what_was_given():
     attend_packed(q, q, q, ids, implementation="cudnn")
   if not cudnn.available():
     q16, ids16 = jnp.zeros((1, 2, 64, 8), jnp.bfloat16), jnp.ones((1, 64), jnp.int32)
-    with pytest.raises(ValueError, match="needs an NVIDIA GPU of compute capability 8.0"):
+    with pytest.raises(ValueError, match=r"needs an NVIDIA GPU of compute capability 8\.0"):
       attend_packed(q16, q16, q16, ids16, implementation="cudnn")
   with pytest.raises(ValueError, match="'flash', expected None or one of 'xla', 'splash', 'cudnn'"):
     attend_packed(q, q, q, ids, implementation="flash")
