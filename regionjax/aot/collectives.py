@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -142,39 +143,43 @@ def _between_slices(
 def _collectives(
   module: Module, computation: Computation, i: Instruction, times: float
 ) -> list[Collective]:
-  """What one instruction does: a gather's arrays apart, all others together."""
+  """What one instruction does: each array that is gathered apart, all others together."""
   kind = i.opcode.removesuffix("-start")
   groups = replica_groups(i, module.partitions)
-  parts = (
-    [_part_in_zeros(module, computation, n) for n in i.operands] if kind == "all-reduce" else []
-  )
-  as_sum = bool(parts) and None not in parts
-  if as_sum:
-    kind = "all-gather"
-  elif kind == "all-reduce" and _only_sliced(module, computation, i):
-    kind = "reduce-scatter"
-  # Per device, a gather's operand is a share of its result; the others' operands are the whole.
-  whole = groups.shape[1] if kind == "all-gather" and not as_sum else 1
-  found = []
-  for arrays in [[n] for n in i.operands] if kind == "all-gather" else [list(i.operands)]:
-    leaves = [leaf for n in arrays for leaf in computation.instructions[n].leaves]
-    source = ""
-    if kind == "all-gather":
-      here, name = parts[i.operands.index(arrays[0])] if as_sum else (computation, arrays[0])
-      source = parameter_of(module, here, name)
-    found.append(
-      Collective(
-        kind=kind,
-        name=i.name,
-        op_name=i.op_name,
-        times=times,
-        bytes=whole * sum(leaf.bytes for leaf in leaves),
-        elements=whole * sum(leaf.elements for leaf in leaves),
-        groups=groups,
-        parameter=source,
-        as_sum=as_sum,
-      )
+  sums: list[str] = []
+  gathers: list[tuple[str, Computation, str]] = []  # an operand, and where what it holds is
+  for name in i.operands:
+    part = _part_in_zeros(module, computation, name) if kind == "all-reduce" else None
+    if part is not None:
+      gathers.append((name, *part))
+    elif kind == "all-gather":
+      gathers.append((name, computation, name))
+    else:
+      sums.append(name)
+  as_sum = kind == "all-reduce"
+
+  def one(kind: str, names: list[str], **more: Any) -> Collective:
+    leaves = [leaf for name in names for leaf in computation.instructions[name].leaves]
+    # Per device, a gather's operand is a share of its result; the others' operands are the whole.
+    whole = groups.shape[1] if kind == "all-gather" and not as_sum else 1
+    return Collective(
+      kind=kind,
+      name=i.name,
+      op_name=i.op_name,
+      times=times,
+      bytes=whole * sum(leaf.bytes for leaf in leaves),
+      elements=whole * sum(leaf.elements for leaf in leaves),
+      groups=groups,
+      **more,
     )
+
+  found = [
+    one("all-gather", [name], parameter=parameter_of(module, *place), as_sum=as_sum)
+    for name, *place in gathers
+  ]
+  if sums:
+    scattered = kind == "all-reduce" and not gathers and _only_sliced(module, computation, i)
+    found.append(one("reduce-scatter" if scattered else kind, sums))
   return found
 
 
@@ -182,11 +187,15 @@ def _part_in_zeros(
   module: Module, computation: Computation, name: str
 ) -> tuple[Computation, str] | None:
   """The part that a value consists of besides zeros: where it is and its name; None if it isn't."""
-  i = computation.instructions[name]
-  while i.opcode in (*_VIEWS, "fusion") and i.opcode != "get-tuple-element":
+  i, index = computation.instructions[name], 0
+  while i.opcode in (*_VIEWS, "copy-done", "copy-start", "fusion"):
+    if i.opcode == "get-tuple-element":
+      index = int(i.attribute("index"))
     if i.opcode == "fusion":
       computation = module.computations[i.called[0]]
       i = computation.instructions[computation.root]
+      if i.opcode == "tuple":
+        i = computation.instructions[i.operands[index]]
     else:
       i = computation.instructions[i.operands[0]]
   if i.opcode != "dynamic-update-slice":

@@ -182,6 +182,15 @@ HloModule m, num_partitions=4
   ROOT %put = bf16[256]{0} dynamic-update-slice(%zeros, %half, %at)
 }
 
+%keep (zeros.1: bf16[256], share.1: f32[64], at.2: s32[]) -> (bf16[64], bf16[256]) {
+  %zeros.1 = bf16[256]{0} parameter(0)
+  %share.1 = f32[64]{0} parameter(1)
+  %at.2 = s32[] parameter(2)
+  %half.1 = bf16[64]{0} convert(%share.1)
+  %put.1 = bf16[256]{0} dynamic-update-slice(%zeros.1, %half.1, %at.2)
+  ROOT %kept = (bf16[64]{0}, bf16[256]{0}) tuple(%half.1, %put.1)
+}
+
 ENTRY %main (u: f32[64], w: bf16[64], at: s32[]) -> (bf16[256], bf16[256], bf16[256]) {
   %u = f32[64]{0} parameter(0), metadata={op_name="state.u"}
   %w = bf16[64]{0} parameter(1), metadata={op_name="state.w"}
@@ -195,6 +204,11 @@ ENTRY %main (u: f32[64], w: bf16[64], at: s32[]) -> (bf16[256], bf16[256], bf16[
   %both.1 = bf16[256]{0} get-tuple-element(%both), index=1
   %onto = bf16[256]{0} dynamic-update-slice(%both.0, %w, %at.1)
   %real = bf16[256]{0} all-reduce(%onto), channel_id=2, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%add
+  %pair = (bf16[64]{0}, bf16[256]{0}) fusion(%nothing, %u, %at.1), kind=kLoop, calls=%keep
+  %pair.1 = bf16[256]{0} get-tuple-element(%pair), index=1
+  %moving = (bf16[256]{0}, bf16[256]{0:S(1)}, u32[]) copy-start(%other)
+  %moved = bf16[256]{0} copy-done(%moving)
+  %mixed = (bf16[256]{0}, bf16[256]{0}, bf16[256]{0}) all-reduce(%pair.1, %moved, %real), channel_id=3, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%add
   ROOT %out = (bf16[256]{0}, bf16[256]{0}, bf16[256]{0}) tuple(%both.0, %both.1, %real)
 }
 """  # noqa: E501
@@ -207,6 +221,10 @@ def test_a_sum_of_parts_in_zeros_is_a_gather_of_each(read):
     ("both", "state.u"): ("all-gather", 512, 768),
     ("both", "state.w"): ("all-gather", 512, 768),
     ("real", ""): ("all-reduce", 512, 768),
+    # The third array is a sum of its own.
+    ("mixed", "state.u"): ("all-gather", 512, 768),
+    ("mixed", "state.w"): ("all-gather", 512, 768),
+    ("mixed", ""): ("all-reduce", 512, 768),
   }
   found = gathers_per_parameter(list(talk.values()), {"state.u": 192, "state.w": 192})
-  assert found == {"state.u": 1.0, "state.w": 1.0}
+  assert found == {"state.u": 2.0, "state.w": 2.0}
