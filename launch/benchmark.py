@@ -46,7 +46,6 @@ from regionjax.infer import programs
 from regionjax.infer.batching import Prompt, pad_prompts
 from regionjax.infer.programs import PromptArrays
 from regionjax.infer.sampling import row_keys
-from regionjax.models.decoder import init_cache
 from regionjax.models.params import model_for, param_shapes, unstack_layers
 from regionjax.models.region_encoders import make_region_encoder
 from regionjax.models.region_lm import ImageFeatures
@@ -189,7 +188,7 @@ def decoder_case(config: ModelConfig, params: Any, sizes: dict) -> tuple:
   one, keys = jnp.float32(1.0), row_keys(0, jnp.arange(rows))
 
   def prefill():
-    cache = init_cache(config.decoder, rows, prompt + new, dtype)
+    cache = programs.new_cache(config.decoder, rows, prompt + new, dtype)
     start = programs.prefill(model, params, ImageFeatures(None, None), arrays, cache)
     return jax.block_until_ready(start)
 

@@ -111,7 +111,9 @@ class DecoderBlock(nn.Module):
     gate, _, gate_ab = weights("gate", (d, f), ("fsdp", "tensor"))
     up, _, up_ab = weights("up", (d, f), ("fsdp", "tensor"))
     down, _, down_ab = weights("down", (f, d), ("tensor", "fsdp"), residual)
-    y_btf = mlp.gated(y_btd, gate, up, name=cfg.activation, updates=(gate_ab, up_ab))
+    y_btf = mlp.gated(
+      y_btd, gate, up, name=cfg.activation, updates=(gate_ab, up_ab), apart=cache is not None
+    )
     y_btd = mlp.linear(constrain(y_btf, "batch", None, "tensor"), down, update=down_ab)
     return constrain(x_btd + y_btd, "batch"), cache
 
