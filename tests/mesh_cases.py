@@ -26,10 +26,11 @@ from regionjax.config import (
 
 IMAGE_SLOT, REGION_SLOT, VOCABULARY = 5, 6, 203
 SHAPES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2))
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 # On a busy machine the threads of eight devices may come late; XLA ends a process after 40 s. The
 # programs run for milliseconds: what makes them fast costs time for nothing.
 XLA_FLAGS = (
-  "--xla_force_host_platform_device_count=8 "
+  f"{EIGHT_DEVICES} "
   "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
@@ -330,6 +331,15 @@ def collectives_in_loops(text: str, scope: str) -> list[str]:
 
 def run_on_eight(name: str, *args):
   """Calls a function of this file in a process with eight CPU devices."""
+  return pickle.loads(_output([__file__], pickle.dumps((name, args)), XLA_FLAGS))
+
+
+def run_source(source: str, given: bytes = b"") -> bytes:
+  """What Python code writes to its output, in a process with eight CPU devices."""
+  return _output(["-c", source], given, EIGHT_DEVICES)
+
+
+def _output(words: list[str], given: bytes, flags: str) -> bytes:
   import os
   import subprocess
   from pathlib import Path
@@ -337,18 +347,15 @@ def run_on_eight(name: str, *args):
   root = Path(__file__).parents[1]
   path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
   done = subprocess.run(
-    [sys.executable, __file__],
-    input=pickle.dumps((name, args)),
-    env=os.environ | {
-      "XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": path,
-    },
+    [sys.executable, *words],
+    input=given,
+    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
     capture_output=True,
     check=False,
-  )  # fmt: skip
+  )
   if done.returncode:
     raise RuntimeError(done.stderr.decode())
-  return pickle.loads(done.stdout)
+  return done.stdout
 
 
 def each(calls):

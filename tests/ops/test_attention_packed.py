@@ -1,15 +1,13 @@
 """Packed training attention: splash, emulated, is the XLA form, and no implementation leaks."""
 
 import functools
-import os
-import subprocess
-import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mesh_cases import run_source
 
 from regionjax.ops.attention import attend_packed, cudnn, splash
 
@@ -229,12 +227,4 @@ with jax.set_mesh(mesh):
 
 
 def test_eight_devices_equal_one():
-  flags = "--xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, "-c", EIGHT],
-    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
+  run_source(EIGHT)

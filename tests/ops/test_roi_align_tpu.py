@@ -1,9 +1,6 @@
 """RoIAlign compiled for TPUs that aren't there, and the kernels on a mesh of eight CPU devices."""
 
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from mesh_cases import run_source
 
 from regionjax.aot import topology
 from regionjax.mesh import BATCH_AXES, make_mesh
@@ -167,12 +165,4 @@ with jax.set_mesh(mesh):
 
 
 def test_eight_devices_equal_one():
-  flags = "--xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, "-c", EIGHT],
-    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
+  run_source(EIGHT)

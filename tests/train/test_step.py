@@ -3,15 +3,13 @@
 import ast
 import dataclasses
 import functools
-import os
 import pickle
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mesh_cases import run_source
 
 from regionjax.mesh import make_mesh, replicated
 from regionjax.train.optim import make_optimizer
@@ -199,16 +197,7 @@ print(results)
 
 
 def eight(configs, batch, steps):
-  flags = "--xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, "-c", EIGHT],
-    input=pickle.dumps((configs, batch, steps)),
-    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr.decode()
-  return ast.literal_eval(done.stdout.decode())
+  return ast.literal_eval(run_source(EIGHT, pickle.dumps((configs, batch, steps))).decode())
 
 
 @pytest.fixture
