@@ -9,8 +9,16 @@ from mesh_cases import eight_heads
 
 from regionjax import cli
 from regionjax.aot import made_up, programs, running, topology
+from regionjax.config import RegionConfig
 from regionjax.mesh import make_mesh
 from regionjax.models.params import batch_shapes
+
+
+def small():
+  """A model that reads coordinates: it compiles in seconds."""
+  config = eight_heads()
+  model = dataclasses.replace(config.model, region=RegionConfig(kind="text"))
+  return dataclasses.replace(config, model=model)
 
 
 def compiled(program, seen):
@@ -29,7 +37,7 @@ def compiled(program, seen):
 
 
 def test_steps_of_training_follow_each_other_and_learn():
-  program, seen = programs.train(eight_heads(), make_mesh(devices=jax.devices()[:1])), []
+  program, seen = programs.train(small(), make_mesh(devices=jax.devices()[:1])), []
   taken = running.seconds(program, compiled(program, seen), runs=2)
   assert len(taken) == 2 and min(taken) > 0
   assert [int(step) for step, _ in seen] == [0, 1, 2]
@@ -38,8 +46,7 @@ def test_steps_of_training_follow_each_other_and_learn():
 
 
 def test_decoding_goes_on_where_it_stood():
-  config = eight_heads()
-  program = programs.decode(config, make_mesh(devices=jax.devices()[:1]), rows=2, length=64)
+  program = programs.decode(small(), make_mesh(devices=jax.devices()[:1]), rows=2, length=64)
   seen = []
   running.seconds(program, compiled(program, seen), runs=2)
   assert [list(length) for length, _ in seen] == [[0, 0], [16, 16], [32, 32]]
@@ -47,7 +54,7 @@ def test_decoding_goes_on_where_it_stood():
 
 
 def test_what_was_measured():
-  program = programs.train(eight_heads(), make_mesh(devices=jax.devices()[:1]))
+  program = programs.train(small(), make_mesh(devices=jax.devices()[:1]))
   machine = topology.parse("v5e:2x2")
   found = running.measured(program, machine, [2.0, 4.0, 3.0])
   assert (found["seconds"], found["least"], found["most"], found["runs"]) == (3.0, 2.0, 4.0, 3)
@@ -97,9 +104,9 @@ def test_running_on_another_machine_is_refused(tmp_path, capsys):
   assert "expected a number of runs" in capsys.readouterr().err
 
 
-def test_a_stage_that_trains_a_part(tmp_path):
+def test_a_stage_that_trains_a_part():
   """Frozen parameters are made in the compute dtype and stay as they were."""
-  config = eight_heads()
+  config = small()
   config = dataclasses.replace(
     config, train=dataclasses.replace(config.train, trainable=("connector/.*",))
   )
