@@ -32,6 +32,7 @@ INSTALL = [
 
 TEST = [
   "pytest>=8",
+  "pytest-xdist>=3.5",  # two processes: much of a test is compiling on one core
   "hypothesis>=6",
   "ruff>=0.9",
   "jax[tpu]>=0.10",  # libtpu as this jax pins it: tests compile for TPUs that aren't there
