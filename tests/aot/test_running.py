@@ -105,7 +105,7 @@ def test_running_on_another_machine_is_refused(tmp_path, capsys):
 
 
 def test_a_stage_that_trains_a_part():
-  """Frozen parameters are made in the compute dtype and stay as they were."""
+  """What is made is what the program takes, the frozen parameters in its compute dtype."""
   config = small()
   config = dataclasses.replace(
     config, train=dataclasses.replace(config.train, trainable=("connector/.*",))

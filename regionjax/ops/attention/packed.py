@@ -19,7 +19,7 @@ Array = jax.Array
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
 
 # What a remat policy calls the result and, with splash, the statistics of its softmax. Who keeps
-# both doesn't run the forward pass again.
+# both doesn't run the forward pass again, except with cuDNN.
 CHECKPOINT_NAME = "attention"
 
 # Blocks of queries in causal attention, each reading only the keys up to its own end: 5/8 of the
