@@ -108,13 +108,11 @@ cd $(quoted "$1")
 ${opt_setup:-:}
 
 # Slurm tells this shell that the time is nearly up; the processes of the run then save and end.
-ending=''
-trap 'ending=1; scancel --signal=TERM "\$SLURM_JOB_ID"' USR1
+ending='' signalled=1
+trap 'ending=1 signalled=1; scancel --signal=TERM "\$SLURM_JOB_ID" || :' USR1
 $(quoted "${starter[@]}" python -u -m regionjax "${training[@]}" --stopped-exit-code 42) &
-code=0
-wait \$! || code=\$?
-while kill -0 \$! 2>/dev/null; do # a trap cuts \`wait\` short
-  code=0
+while [ -n "\$signalled" ]; do # a trap cuts \`wait\` short, with a code that isn't the run's
+  signalled='' code=0
   wait \$! || code=\$?
 done
 # Of a preemption it tells the processes alone, and a job that ends in the grace time counts as done.

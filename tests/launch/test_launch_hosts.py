@@ -16,8 +16,8 @@ HOST = ROOT / "launch" / "tpu_host.sh"
 
 # In the place of training: tells its words, and ends as asked by SIGTERM or by a file.
 PROGRAM = """#!/usr/bin/env bash
-echo "$FIRST in ${PWD##*/}:" "$@"
 trap 'echo saved; exit 42' TERM
+echo "$FIRST in ${PWD##*/}:" "$@"
 while [ ! -e "$HOME/end" ]; do sleep 0.05; done
 exit 3
 """
@@ -140,6 +140,7 @@ def test_the_batch_script_asks_for_the_nodes_and_is_sound(job):
   "event, code, requeued",
   [
     ("time", 42, True),
+    ("time, and it saves at once", 42, True),
     ("preempted", 42, True),
     ("stopped", 42, False),
     ("failed", 3, False),
@@ -150,18 +151,21 @@ def test_a_job_that_slurm_ends_saves_and_goes_back_into_the_queue(
   event, code, requeued, job, shell
 ):
   """The stand-in for srun ends by the signal that Slurm or scancel sends to the steps of a job."""
-  run = PROGRAM.replace("trap", 'echo $$ >"$HOME/pid"\ntrap', 1)
+  run = PROGRAM.replace("while", 'echo $$ >"$HOME/pid"\nwhile', 1)
   shell.fake("srun", text=run.replace("exit 3", f"exit {code}"))
   at = "2026-01-01T00:00:00" if "preempted" in event else "None"
   told = f"   PreemptEligibleTime=2025-12-31T00:00:00 PreemptTime={at}"
   shell.fake("scontrol", text=f"{NOTES}[ \"$1\" != show ] || echo '{told}'\n")
-  shell.fake("scancel", text='#!/usr/bin/env bash\nkill -TERM "$(cat "$HOME/pid")"\n')
+  # Slurm's own returns at once; the run may have ended before the batch script goes on.
+  until = 'while kill -0 "$pid"; do :; done 2>/dev/null' if "at once" in event else ""
+  send = f'#!/usr/bin/env bash\npid=$(cat "$HOME/pid")\nkill -TERM "$pid"\n{until}\n'
+  shell.fake("scancel", text=send)
   process = subprocess.Popen(
     ["bash", job], env=shell.environment | {"SLURM_JOB_ID": "17"}, stdout=subprocess.PIPE, text=True
   )
   pid = shell.folder / "home/pid"
   wait_for(lambda: pid.exists() and pid.read_text().strip())
-  if event == "time":
+  if event.startswith("time"):
     process.send_signal(signal.SIGUSR1)
   elif event in ("failed", "finished though preempted"):
     (shell.folder / "home/end").touch()
