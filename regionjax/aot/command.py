@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from regionjax.aot import topology as topologies
 from regionjax.aot.errors import AotError
+from regionjax.chips import GIB
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
@@ -210,7 +211,7 @@ def _search(
     chosen = _meshed(dataclasses.replace(config, model=model), topology, shape)
     parts = candidate.data * candidate.fsdp * topology.slices * config.train.accumulate
     report, known = _compiled_once(with_rows(chosen, rows * parts), topology, devices, args)
-    peak = report["memory"]["peak"] / topologies.GIB
+    peak = report["memory"]["peak"] / GIB
     verdict = "fits" if report.fits else "too large"
     how = "known" if known else f"{report['compile_seconds']:.0f} s"
     number = candidates.index(candidate) + 1

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from regionjax.aot.topology import GIB
+from regionjax.chips import GIB
 
 SCHEMA = 1
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from regionjax.aot.collectives import Collective
 from regionjax.aot.hlo_costs import Kernel
-from regionjax.aot.topology import Chip, Topology
+from regionjax.aot.topology import Topology
+from regionjax.chips import Chip
 
 Place = tuple[int, tuple[int, ...]]  # slice, position in its torus
 

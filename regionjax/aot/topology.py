@@ -1,9 +1,4 @@
-"""Machines by name, `v5e:8x8` or `h100:8`, as abstract devices with their figures.
-
-Figures are the vendors' (cloud.google.com/tpu/docs, NVIDIA's H100 data sheet), except the usable
-memory of TPUs, which is what their compiler grants a program. Bandwidths are bytes a second in one
-direction.
-"""
+"""Machines by name, `v5e:8x8` or `h100:8`, as abstract devices to compile for."""
 
 from __future__ import annotations
 
@@ -18,59 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from regionjax.aot.errors import AotError
+from regionjax.chips import CHIPS, Chip, chip_of
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """A chip and its links.
-
-  Attributes:
-    name: as in a topology's name.
-    platform: of its compiler.
-    memory: bytes that one program may use.
-    memory_bandwidth: of that memory.
-    flops: peak of matrix products, bf16 with f32 sums.
-    link_bandwidth: of one link to a neighbour (TPU), or of the chip's way into the switch (GPU).
-    network_bandwidth: a chip's share of its host's network cards.
-    kinds: how jax's `device_kind` may begin on such a chip.
-    clock: cycles a second, as its peak and its matrix units' size have it; 0 if not needed.
-    dims: axes of the torus; 0 is a switch that joins all chips of a slice.
-    wrap: an axis whose length is a multiple of this is a ring, others are lines.
-  """
-
-  name: str
-  platform: str
-  memory: float
-  memory_bandwidth: float
-  flops: float
-  link_bandwidth: float
-  network_bandwidth: float
-  kinds: tuple[str, ...]
-  clock: float = 0.0
-  dims: int = 0
-  wrap: int = 0
-
-
-# Network: 6.4 Tb/s, 25.6 Tb/s per pod of 256 chips (v5e, v6e), 50 Gb/s per chip (v5p).
-V5E = Chip(
-  "v5e", "tpu", memory=15.75 * GIB, memory_bandwidth=8.19e11, flops=1.97e14, link_bandwidth=4.5e10,
-  network_bandwidth=3.125e9, kinds=("TPU v5 lite", "TPU v5e"), clock=1.5e9, dims=2, wrap=16,
-)  # fmt: skip
-V5P = Chip(
-  "v5p", "tpu", memory=95.73 * GIB, memory_bandwidth=2.765e12, flops=4.59e14, link_bandwidth=9e10,
-  network_bandwidth=6.25e9, kinds=("TPU v5p", "TPU v5"), clock=1.75e9, dims=3, wrap=4,
-)  # fmt: skip
-V6E = Chip(
-  "v6e", "tpu", memory=31.24 * GIB, memory_bandwidth=1.6e12, flops=9.18e14, link_bandwidth=9e10,
-  network_bandwidth=1.25e10, kinds=("TPU v6 lite", "TPU v6e"), clock=1.75e9, dims=2, wrap=16,
-)  # fmt: skip
-H100 = Chip(
-  "h100", "cuda", memory=84929347584, memory_bandwidth=3.35e12, flops=9.89e14,
-  link_bandwidth=4.5e11, network_bandwidth=5e10, kinds=("NVIDIA H100",),
-)  # fmt: skip
-CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, H100)}
 GPUS_PER_NODE = 8
 
 # What libtpu asks a TPU VM's metadata server for, and must be told where there is none. Several
@@ -159,23 +103,12 @@ class Topology:
     except RuntimeError as error:  # a platform that JAX_PLATFORMS asks for and that isn't there
       raise AotError(f"--run needs {self.chips} x {self.chip.name}: {error}") from error
     kind = devices[0].device_kind
-    if chip_of(kind) != self.chip.name or len(devices) != self.chips or self.slices > 1:
+    if chip_of(kind) is not self.chip or len(devices) != self.chips or self.slices > 1:
       raise AotError(
         f"--run measures on the machine that --topology names, {self.chips} x {self.chip.name} on "
         f"one host, and this one has {len(devices)} x {kind!r}; without --run it is compiled only"
       )
     return list(devices)
-
-
-def chip_of(device_kind: str) -> str:
-  """The name of a chip by jax's `device_kind`; '' for one that isn't in `CHIPS`."""
-  found = [
-    (len(kind), chip.name)
-    for chip in CHIPS.values()
-    for kind in chip.kinds
-    if device_kind.startswith(kind)
-  ]
-  return max(found)[1] if found else ""
 
 
 def parse(name: str, slices: int = 1) -> Topology:

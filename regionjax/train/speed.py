@@ -9,20 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Peak dense bf16 FLOP/s of one device, by the start of jax's device_kind: makers' data sheets.
-PEAK = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA A100": 312e12,
-}
+from regionjax.chips import peak_flops_of
 
 
 def peak_flops(devices: Sequence[Any], *, size: int = 2048) -> float | None:
@@ -35,10 +22,8 @@ def peak_flops(devices: Sequence[Any], *, size: int = 2048) -> float | None:
   device = devices[0]
   if device.platform == "cpu":
     return _measure(device, size)
-  for kind, peak in PEAK.items():
-    if device.device_kind.startswith(kind):
-      return peak * len(devices)
-  return None
+  peak = peak_flops_of(device.device_kind)
+  return peak and peak * len(devices)
 
 
 def _measure(device: Any, size: int) -> float:

@@ -4,8 +4,9 @@ import pytest
 from regionjax.aot import roofline, topology
 from regionjax.aot.collectives import Collective
 from regionjax.aot.hlo_costs import Kernel
+from regionjax.chips import CHIPS
 
-V5E, V5P, H100 = (topology.CHIPS[name] for name in ("v5e", "v5p", "h100"))
+V5E, V5P, H100 = (CHIPS[name] for name in ("v5e", "v5p", "h100"))
 LINK = V5E.link_bandwidth
 
 

@@ -79,17 +79,6 @@ def test_a_made_up_batch_leaves_nothing_out():
     made_up.made_up_batch(shapes, vocab=50, image_slot_id=3, region_slot_id=4)
 
 
-@pytest.mark.parametrize(
-  "kind, name",
-  [
-    ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"),
-    ("NVIDIA H100 80GB HBM3", "h100"), ("TPU v4", ""), ("cpu", ""),
-  ],
-)  # fmt: skip
-def test_chips_by_what_jax_calls_them(kind, name):
-  assert topology.chip_of(kind) == name
-
-
 def test_running_on_another_machine_is_refused(tmp_path, capsys):
   config = tmp_path / "eight.py"
   config.write_text(

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from regionjax import cli
-from regionjax.aot import analysis, search, topology
+from regionjax.aot import analysis, search
+from regionjax.chips import CHIPS
 from regionjax.models.leaves import REMAT_POLICIES
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +45,8 @@ def words(tmp_path):
 def test_the_largest_batch_is_found_and_not_compiled_twice(words, tmp_path, capsys, monkeypatch):
   chosen = [search.Candidate("full", 1, 4, 1), search.Candidate("none", 1, 4, 1)]
   monkeypatch.setattr(search, "candidates", lambda chips, *, remats: iter(chosen))
-  small = dataclasses.replace(topology.CHIPS["v5e"], memory=32e6)  # one row takes about 20 MB
-  monkeypatch.setitem(topology.CHIPS, "v5e", small)
+  small = dataclasses.replace(CHIPS["v5e"], memory=32e6)  # one row takes about 20 MB
+  monkeypatch.setitem(CHIPS, "v5e", small)
   assert cli.main(words) == 0
   first = capsys.readouterr()
   lines = re.findall(
