@@ -148,7 +148,7 @@ def text_turn(config: Config) -> Callable[[], None]:
 
   def turn() -> None:
     for _ in range(BATCHES):
-      stream.next_batch()
+      stream.next_rows()
 
   return turn
 

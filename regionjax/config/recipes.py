@@ -6,6 +6,7 @@ A stage's batch was given in examples; here it is packed rows, each of about `EX
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from regionjax.config.errors import ConfigError
@@ -14,6 +15,8 @@ from regionjax.config.run import Config, MeshConfig, SourceConfig
 # A row of 2,048 tokens: seven dialogues about an image (258 tokens of it) and eight regions each.
 EXAMPLES_PER_ROW = 7
 IMAGES_PER_ROW, REGIONS_PER_ROW, TOKENS_PER_ROW = 7, 56, 2048
+# Up to so many hosts of a run have no text in common.
+MOST_SHARDS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,7 @@ def with_stage(
       sources=tuple(SourceConfig(s, args={"folder": f"{data}/{s}"}) for s in stage.sources),
       rows=rows, tokens_per_row=TOKENS_PER_ROW, images_per_row=IMAGES_PER_ROW,
       regions_per_row=REGIONS_PER_ROW, packing_bins=16, workers=8, seed=seed,
+      shards=math.gcd(rows, MOST_SHARDS),
     ),
     train=dataclasses.replace(
       config.train,

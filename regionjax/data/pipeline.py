@@ -1,9 +1,9 @@
 """Batches for training and evaluation.
 
-`Pipeline` runs the text-only stream (`stream.RowStream`) in a background thread, takes this host's
-rows of every global batch, has their images decoded (in that thread, or by worker processes) and
-hands finished batches to the caller, `prefetch` of them ahead. A saved state is that of the last
-batch handed out, whatever has been prepared beyond it.
+`Pipeline` makes the text of this host's rows of every global batch (`shards.ShardedRows`) in a
+background thread, has their images decoded (in that thread, or by worker processes) and hands
+finished batches to the caller, `prefetch` of them ahead. A saved state is that of the last batch
+handed out, whatever has been prepared beyond it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from regionjax.data.mixing import Mixture
 from regionjax.data.report import report
 from regionjax.data.rows import Frame, encode_region_arrays, single_batch
 from regionjax.data.schema import Batch
+from regionjax.data.shards import ShardedRows, counts
 from regionjax.data.sources import make_source
-from regionjax.data.stream import Item, RowStream, check_layout, row_capacity
+from regionjax.data.stream import Item, check_layout, row_capacity
 
 if TYPE_CHECKING:
   from regionjax.conversation import Renderer
@@ -47,7 +48,7 @@ class _Pending:
 
 @dataclasses.dataclass(frozen=True)
 class _Ready:
-  """A finished batch and the stream's state after it."""
+  """A finished batch and the streams' state after it."""
 
   batch: Batch
   meta: Meta
@@ -120,14 +121,17 @@ class Pipeline:
     return ready.batch, ready.meta
 
   def get_state(self) -> dict[str, Any]:
-    """Position after the last batch handed out: JSON-able and the same on every host."""
+    """Position of this host's shards after the last batch handed out; JSON-able.
+
+    Of several hosts' states `shards.merge_states` makes the one that any number of hosts takes up.
+    """
     return copy.deepcopy(self._state)
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Continues after the batch at which `get_state` gave `state`, on any number of hosts.
 
     Raises:
-      DataError: the state is of another stream (the message names the settings that differ).
+      DataError: the state is of other settings (the message names them), or of other hosts alone.
     """
     self.close()
     stream = self._stream()
@@ -135,9 +139,13 @@ class Pipeline:
     self._state = stream.state()
     self._failure = None
 
-  def stats(self) -> dict[str, Any]:
-    """What the rows handed out so far held, of all hosts; see `report.report`."""
-    return report(self._state["counts"], row_capacity(self._config))
+  def stats(self, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the rows handed out so far held; see `report.report`.
+
+    Args:
+      state: of all hosts; by default this one's, whose shards alone are counted.
+    """
+    return report(counts(self._state if state is None else state), row_capacity(self._config))
 
   def close(self) -> None:
     """Ends the thread and the worker processes; iterating again starts them anew."""
@@ -151,8 +159,8 @@ class Pipeline:
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def _stream(self) -> RowStream:
-    return RowStream(self._mixture, self._renderer, self._config)
+  def _stream(self) -> ShardedRows:
+    return ShardedRows(self._mixture, self._renderer, self._config, self._mine)
 
   def _start(self) -> None:
     stream = self._stream()
@@ -165,7 +173,7 @@ class Pipeline:
     stop = threading.Event()
     thread = threading.Thread(
       target=_produce,
-      args=(stream, self._mine, pool, self._assemble, ahead, self._queue, stop),
+      args=(stream, pool, self._assemble, ahead, self._queue, stop),
       name="regionjax-data",
       daemon=True,
     )
@@ -175,8 +183,7 @@ class Pipeline:
 
 
 def _produce(
-  stream: RowStream,
-  mine: Sequence[int],
+  stream: ShardedRows,
   pool: DecodePool,
   assemble: Assembler,
   ahead: int,
@@ -191,8 +198,7 @@ def _produce(
   while not stop.is_set():
     if not waiting or isinstance(waiting[-1], _Pending):
       try:
-        batch = stream.next_batch()
-        rows = [batch[i] for i in mine]
+        rows = stream.next_rows()
         decoded = []
         for row in rows:
           if stop.is_set():

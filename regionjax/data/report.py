@@ -9,10 +9,10 @@ from regionjax.data.packing import Size
 
 
 def report(counts: Mapping[str, int], capacity: Size) -> dict[str, Any]:
-  """Figures from the counters of a `RowStream`.
+  """Figures from counters.
 
   Args:
-    counts: the stream's counters.
+    counts: those of `shards.counts`.
     capacity: what a row holds.
 
   Returns:

@@ -1,21 +1,18 @@
 """The text-only half of the pipeline: draw, template, tokenise, pack.
 
-Every host runs this same stream over all rows of the global batch and takes its own rows out of the
-result, so the stream's position is one small value for any number of hosts: the next draw index,
-the draw indices that wait in open rows, and the counters of the report. Nothing else is remembered;
-what waits in open rows is drawn and tokenised again when a state is restored.
+A stream's position is one small value: the next draw index, the draw indices that wait in open
+rows, and the counters of the report. Nothing else is remembered; what waits in open rows is drawn
+and tokenised again when a state is restored. `shards` makes global batches of one or more streams.
 """
 
 from __future__ import annotations
 
 import collections
-import copy
 import dataclasses
-import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from regionjax.config import Config, ConfigError, to_dict
+from regionjax.config import Config, ConfigError
 from regionjax.data.errors import DataError
 from regionjax.data.mixing import Draw, Mixture
 from regionjax.data.packing import FirstFit, OpenRow, Size
@@ -110,9 +107,13 @@ def check_layout(config: Config, host: int, hosts: int) -> None:
     raise ConfigError(
       f"data.rows={data.rows} cannot be shared by {hosts} hosts; make it a multiple of {hosts}"
     )
+  if data.shards > 0 and data.rows % data.shards:
+    raise ConfigError(
+      f"data.rows={data.rows} cannot be split into data.shards={data.shards}; make it a multiple"
+    )
   least = {
-    "rows": 1, "tokens_per_row": 2, "images_per_row": 0, "regions_per_row": 0, "packing_bins": 1,
-    "workers": 0, "prefetch": 1, "seed": 0,
+    "rows": 1, "shards": 1, "tokens_per_row": 2, "images_per_row": 0, "regions_per_row": 0,
+    "packing_bins": 1, "workers": 0, "prefetch": 1, "seed": 0,
   }  # fmt: skip
   for name, low in least.items():
     if getattr(data, name) < low:
@@ -126,29 +127,38 @@ def row_capacity(config: Config) -> Size:
 
 
 class RowStream:
-  """Endless global batches of packed rows, still without pixels.
+  """The endless rows of one shard of the global batches, still without pixels.
+
+  Of `config.data.shards` shards the k-th takes every such draw from the k-th on.
 
   Args:
     mixture: where draws come from.
     renderer: encodes an example (see `conversation.Renderer`).
-    config: its `data` part says how rows are packed; all that shapes an example's ids is recorded
-      in the state.
+    config: its `data` part says how rows are packed.
+    shard: which of them.
+    warned: kinds of defects that the log names no more; streams may share it.
   """
 
-  def __init__(self, mixture: Mixture, renderer: Renderer, config: Config):
-    self.capacity = row_capacity(config)
+  def __init__(
+    self,
+    mixture: Mixture,
+    renderer: Renderer,
+    config: Config,
+    *,
+    shard: int = 0,
+    warned: set[str] | None = None,
+  ):
     self._mixture = mixture
     self._renderer = renderer
     self._config = config
-    self._rows = config.data.rows
-    self._identity = _identity(config, renderer, mixture)
-    self._packer: FirstFit[Item] = FirstFit(self.capacity, config.data.packing_bins)
-    self._next = 0
+    self._rows = config.data.rows // config.data.shards
+    self._packer: FirstFit[Item] = FirstFit(row_capacity(config), config.data.packing_bins)
+    self._next = shard
     self._counts: collections.Counter[str] = collections.Counter()
-    self._warned: set[str] = set()
+    self._warned: set[str] = set() if warned is None else warned
 
-  def next_batch(self) -> list[list[Item]]:
-    """The next `config.rows` closed rows.
+  def next_rows(self) -> list[list[Item]]:
+    """The shard's rows of the next global batch.
 
     Raises:
       DataError: an example cannot be read or rendered, or none of a thousand in a row fits.
@@ -157,7 +167,7 @@ class RowStream:
     misses = 0
     while len(rows) < self._rows:
       draw = self._mixture[self._next]
-      self._next += 1
+      self._next += self._config.data.shards
       try:
         item = encode_draw(draw, self._renderer, self._config)
       except Rejected as rejected:
@@ -174,32 +184,22 @@ class RowStream:
       if closed is not None:
         rows.append(closed.items)
         self._count(closed)
-    self._counts["batches"] += 1
     return rows
 
   def state(self) -> dict[str, Any]:
-    """The position after the last batch; JSON-able, a copy."""
+    """The position after the last rows; JSON-able, a copy."""
     return {
       "next": self._next,
       "open": [[item.draw.index for item in row.items] for row in self._packer.open],
       "counts": dict(self._counts),
-      "stream": copy.deepcopy(self._identity),
     }
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Continues from `state`.
+    """Continues from `state`, of a stream with the same settings.
 
     Raises:
-      DataError: the state is of a stream with other settings; the message names them.
+      DataError: the sources give other examples than then.
     """
-    ours, theirs = self._identity, dict(state["stream"])
-    other = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-    if other:
-      changes = "; ".join(f"{k} was {theirs.get(k)!r}, is {ours.get(k)!r}" for k in other)
-      raise DataError(
-        f"the saved data state belongs to other data settings ({changes}); restore them, or start "
-        "the data from the beginning"
-      )
     rows = []
     for indices in state["open"]:
       try:
@@ -234,17 +234,3 @@ class RowStream:
       raise DataError(
         f"{misses} examples in a row had to be skipped, the last one because {message}"
       )
-
-
-def _identity(config: Config, renderer: Renderer, mixture: Mixture) -> dict[str, Any]:
-  """What must be equal for a saved position to mean the same rows; JSON-able."""
-  names = ("rows", "tokens_per_row", "images_per_row", "regions_per_row", "packing_bins", "seed")
-  identity = {name: getattr(config.data, name) for name in names}
-  identity["sources"] = to_dict(config.data.sources)
-  identity["source lengths"] = mixture.lengths
-  identity["prompt"] = to_dict(config.prompt)
-  identity["tokenizer"] = renderer.tokenizer.fingerprint
-  identity["region.kind"] = config.model.region.kind
-  identity["image_tokens"] = config.model.image_tokens
-  # As JSON gives it back: a state from a file compares equal to one that never left memory.
-  return json.loads(json.dumps(identity))

@@ -23,7 +23,7 @@ from regionjax.train.optim import make_optimizer
 from regionjax.train.plots import plot_run
 from regionjax.train.processes import to_host, together
 from regionjax.train.progress import short
-from regionjax.train.start import Run, model_functions
+from regionjax.train.start import Run, data_state, model_functions
 from regionjax.train.state import (
   TrainState,
   abstract,
@@ -48,7 +48,7 @@ def finish(
     run.state,
     run.ledger,
     devices=list(run.mesh.devices.flat),
-    data={**run.pipeline.stats(), "sources": run.reports},
+    data={**run.pipeline.stats(data_state(run)), "sources": run.reports},
     peak=peak,
     command=command,
     goodput=read_report(run.workdir),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -14,13 +15,14 @@ from jax.sharding import Mesh
 from regionjax import mesh as meshes
 from regionjax import partition
 from regionjax.config import Config, ConfigError
+from regionjax.data.shards import merge_states
 from regionjax.train import workdir as workdirs
 from regionjax.train.checkpoint import CheckpointError, Checkpoints
 from regionjax.train.evals import Evaluator, held_out_batches
 from regionjax.train.initial import Given, given_params, write_origin
 from regionjax.train.ledger import Ledger
 from regionjax.train.optim import SCHEDULES, make_optimizer
-from regionjax.train.processes import together
+from regionjax.train.processes import gather, together
 from regionjax.train.same import check_same, check_shared
 from regionjax.train.state import (
   Params,
@@ -233,11 +235,16 @@ def check(config: Config, mesh: Mesh, tokenizer: Any) -> None:
     )
 
 
+def data_state(run: Run) -> dict[str, Any]:
+  """Where the data stands, of all processes' shards; all must come here."""
+  return merge_states(map(json.loads, gather(json.dumps(run.pipeline.get_state()))))
+
+
 def record(run: Run) -> dict[str, Any]:
-  """The JSON part of a checkpoint."""
+  """The JSON part of a checkpoint; all processes must come here."""
   return {
     "ledger": run.ledger.to_json(),
-    "data": run.pipeline.get_state(),
+    "data": data_state(run),
     "tokenizer": run.tokenizer.fingerprint,
   }
 

@@ -1,5 +1,6 @@
 """The input pipeline: same batches whatever the hosts, workers and interruptions."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from regionjax.config import (
 )
 from regionjax.conversation import Renderer
 from regionjax.data import decode_pool
+from regionjax.data.errors import DataError
 from regionjax.data.pipeline import (
   single_batch,
 )
+from regionjax.data.shards import merge_states
 from regionjax.data.sources import load_image
 
 
@@ -88,31 +91,73 @@ def test_a_row_is_its_examples_one_after_the_other(make, pictures, tokenizer):
   assert rows == 8
 
 
-def test_hosts_share_the_same_global_batches(make):
-  whole = make()
+def of_all(parts):
+  return merge_states(part.get_state() for part in parts)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_hosts_share_the_same_global_batches(shards, make):
+  whole = make(shards=shards)
   want = take(whole, 5)
   for hosts in (2, 4):
-    parts = [make(host=h, hosts=hosts) for h in range(hosts)]
+    parts = [make(host=h, hosts=hosts, shards=shards) for h in range(hosts)]
     assert_same(joined([take(part, 5) for part in parts]), want)
-    for part in parts:
-      assert part.get_state() == whole.get_state()
-      assert part.stats() == whole.stats()
+    assert of_all(parts) == whole.get_state()
+    assert parts[0].stats(of_all(parts)) == whole.stats()
+    own = [list(part.get_state()["shards"]) for part in parts]
+    assert own == [[str(s) for s in sorted({r * shards // 4 for r in rows})] for rows in
+                   np.arange(4).reshape(hosts, -1)]  # fmt: skip
 
 
-def test_resume_after_any_batch_on_other_numbers_of_hosts(make):
+def test_shards_share_the_draws_out(make):
+  pipeline = make(shards=4)
+  take(pipeline, 6)
+  state = pipeline.get_state()
+  for shard, one in state["shards"].items():
+    used = one["counts"]["examples"] + sum(map(len, one["open"]))
+    assert one["next"] == int(shard) + 4 * used  # each fourth draw, none left out
+    assert all(index % 4 == int(shard) for row in one["open"] for index in row)
+  assert pipeline.stats()["batches"] == 6 and pipeline.stats()["rows"] == 24
+
+
+def test_with_shards_a_host_writes_down_its_own_text_alone(make, monkeypatch):
+  written = []
+  encode = Renderer.encode
+  monkeypatch.setattr(
+    Renderer, "encode", lambda *args, **kw: [written.append(1), encode(*args, **kw)][1]
+  )
+
+  def work(**kw):
+    written.clear()
+    with make(prefetch=1, packing_bins=1, **kw) as pipeline:
+      take(pipeline, 6)
+    return len(written)
+
+  assert work(host=1, hosts=4, shards=4) < 0.6 * work(host=1, hosts=4)
+
+
+def test_a_state_of_one_host_alone_is_no_state_of_all(make):
+  half = make(host=0, hosts=2, shards=2).get_state()
+  with pytest.raises(DataError, match=r"lacks the shards 1; .*merge_states"):
+    make(shards=2).set_state(half)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_resume_after_any_batch_on_other_numbers_of_hosts(shards, make):
   # 13 examples: 10 batches of 4 rows go through several epochs.
+  make = functools.partial(make, shards=shards)
   whole = make()
   want, states = [], [json.dumps(whole.get_state())]
   for _ in range(10):
     want.append(next(whole))
     states.append(json.dumps(whole.get_state()))
-  assert json.loads(states[-1])["next"] > 5 * 13
+  assert all(one["next"] > 5 * 13 for one in json.loads(states[-1])["shards"].values())
   for done, hosts in ((0, 2), (1, 4), (4, 1), (7, 2), (9, 4)):
     parts = [make(host=h, hosts=hosts) for h in range(hosts)]
     for part in parts:
       part.set_state(json.loads(states[done]))
     assert_same(joined([take(part, 10 - done) for part in parts]), want[done:])
-    assert all(json.dumps(part.get_state()) == states[-1] for part in parts)
+    assert json.dumps(of_all(parts)) == states[-1]
 
 
 def test_one_pipeline_can_be_set_back(make):

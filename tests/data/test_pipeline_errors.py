@@ -163,6 +163,8 @@ def test_a_state_of_other_settings_is_refused(make, pictures):
   "host, hosts, data, message",
   [
     (0, 3, {}, "data.rows=4 cannot be shared by 3 hosts"),
+    (0, 1, {"shards": 3}, "data.rows=4 cannot be split into data.shards=3"),
+    (0, 1, {"shards": 0}, "data.shards=0: expected at least 1"),
     (2, 2, {}, "host 2 of 2"),
     (0, 1, {"prefetch": 0}, "data.prefetch=0"),
     (0, 1, {"packing_bins": 0}, "data.packing_bins=0"),

@@ -24,7 +24,7 @@ def config(micro):
     micro.train, steps=4, warmup_steps=1, eval_every=0, save_every=1, keep=4, log_every=1,
     mesh=MeshConfig(data=2, fsdp=2, tensor=2),
   )  # fmt: skip
-  data = dataclasses.replace(micro.data, rows=8)
+  data = dataclasses.replace(micro.data, rows=8, shards=4)
   return dataclasses.replace(micro, model=model, train=train, data=data)
 
 
