@@ -48,6 +48,7 @@ class Job:
     others: process -> what is another there: the config or the work folder.
     unreadable: this process cannot read the checkpoint that is the newest at first.
     full: this process's disk is full until the last checkpoint.
+    broken: (process, step): that one cannot read its images of this step.
   """
 
   config: Any
@@ -58,6 +59,7 @@ class Job:
   others: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   unreadable: int | None = None
   full: int | None = None
+  broken: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,8 @@ def work(job: Job, index: int) -> dict[str, Any]:
   """Takes part in a job as its process number `index`."""
   from train_cases import full_disk
 
+  from regionjax.data import pipeline
+  from regionjax.data.errors import DataError
   from regionjax.mesh import own_rows
   from regionjax.train import loop, processes, progress, same, store
 
@@ -156,7 +160,7 @@ def work(job: Job, index: int) -> dict[str, Any]:
   shown = progress.Progress(io.StringIO()) if index == 0 else progress.Silent(io.StringIO())
   told: dict[str, Any] = {"error": None, "step": -1, "finished": False}
   take, put = loop._Loop._step, loop.put_batch
-  read, save = store.Store._read, store.Store.save
+  read, save, peek = store.Store._read, store.Store.save, pipeline.Pipeline.peek
   disk = contextlib.ExitStack()
   names = [path.name for path in (job.workdir / "checkpoints").glob("*")]
   newest = max((int(name) for name in names if name.isdigit()), default=None)
@@ -184,13 +188,18 @@ def work(job: Job, index: int) -> dict[str, Any]:
       disk.close()
     save(self, step, *args)
 
+  def peeks(self: Any) -> None:
+    if (index, self.stats()["batches"] + 1) == job.broken:
+      raise DataError("image 7 is truncated")
+    peek(self)
+
   with contextlib.ExitStack() as patches, disk:
     for owner, name, value in (
       (loop._Loop, "_step", step), (loop, "put_batch", watched),
       (loop, "peak_flops", lambda devices: None), (store.Store, "_read", reads),
       (store.Store, "save", saves),
       (store, "WRITE_SECONDS", 30 if job.full is not None else 600), (same, "SEEN_SECONDS", 1.0),
-      (processes, "PIECE_BYTES", 1),
+      (processes, "PIECE_BYTES", 1), (pipeline.Pipeline, "peek", peeks),
     ):  # fmt: skip
       patches.enter_context(mock.patch.object(owner, name, value))
     if job.idle_clocks and index:

@@ -97,16 +97,31 @@ class Pipeline:
     self._state = self._stream().state()
     self._end: weakref.finalize | None = None
     self._queue: queue.Queue[_Ready | BaseException]
+    self._held: _Ready | None = None  # taken from the queue, not yet handed out
     self._failure: Exception | None = None
 
   def __iter__(self) -> Iterator[tuple[Batch, Meta]]:
     return self
 
   def __next__(self) -> tuple[Batch, Meta]:
+    self.peek()
+    ready, self._held = self._held, None
+    assert ready is not None
+    self._state = ready.state
+    return ready.batch, ready.meta
+
+  def peek(self) -> None:
+    """Returns when the next batch is there; it is not handed out, and the state stays.
+
+    Raises:
+      DataError: an example of it cannot be read or written down.
+    """
     if self._failure is not None:
       raise self._failure
     if self._end is None:
       self._start()
+    if self._held is not None:
+      return
     try:
       ready = self._queue.get()
       if isinstance(ready, BaseException):
@@ -117,8 +132,7 @@ class Pipeline:
       if isinstance(error, Exception):
         self._failure = error
       raise
-    self._state = ready.state
-    return ready.batch, ready.meta
+    self._held = ready
 
   def get_state(self) -> dict[str, Any]:
     """Position of this host's shards after the last batch handed out; JSON-able.
@@ -149,6 +163,7 @@ class Pipeline:
 
   def close(self) -> None:
     """Ends the thread and the worker processes; iterating again starts them anew."""
+    self._held = None
     if self._end is not None:
       self._end()
       self._end = None

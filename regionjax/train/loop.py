@@ -26,7 +26,7 @@ from regionjax.train.finish import finish
 from regionjax.train.flops import step_flops
 from regionjax.train.goodput import Goodput
 from regionjax.train.metrics import MetricsWriter
-from regionjax.train.processes import Agreement
+from regionjax.train.processes import Agreement, ElsewhereError, in_short
 from regionjax.train.profile import Profiler, Steps
 from regionjax.train.progress import Clock, Progress, Silent, duration, short
 from regionjax.train.signals import StopRequest
@@ -85,6 +85,8 @@ def train(
     ConfigError: the config cannot run, or the folder is that of another one.
     CheckpointError: no checkpoint of the folder is readable, or the last state cannot be saved.
     DivergedError: the loss became NaN or infinite; earlier checkpoints are kept.
+    DataError: an example cannot be read; the state before it is saved.
+    ElsewhereError: one of these in another process.
   """
   begun = time.monotonic()
   if progress is None:
@@ -162,22 +164,38 @@ class _Loop:
     self._writer.close()
 
   def _goes_on(self, stop: StopRequest) -> bool:
-    """Whether there is another step; the same in every process."""
-    self._share, stopped = self._agree(self.share, stop.received is not None)
+    """Whether there is another step; the same in every process.
+
+    Raises:
+      Exception: the pipeline's, such as a DataError, when all processes have saved.
+      ElsewhereError: that of another process.
+    """
+    error = self._look_ahead()
+    self._share, stopped, problem = self._agree(
+      self.share, stop.received is not None, in_short(error) if error else ""
+    )
+    if problem and self._share < 1:  # an unreadable image, say: what was learned so far isn't lost
+      self._save()
+      self._run.checkpoints.wait()
+      raise error or ElsewhereError(problem)
     if stopped:
       self._share = min(self._share, math.nextafter(1.0, 0.0))  # asked to stop, it isn't done
     return self._share < 1 and not stopped
 
-  def _step(self) -> None:
-    run, ledger = self._run, self._run.ledger
+  def _look_ahead(self) -> Exception | None:
+    """Waits for the batch of the next step; what is wrong with it, if anything is."""
+    if self._run.ledger.step >= self._run.config.train.steps:
+      return None
     try:
       with self._goodput.measure("data"):
-        batch, _ = next(run.pipeline)
-    except Exception:  # an unreadable image, say: what was learned so far isn't lost
-      if jax.process_count() == 1:  # others go on, and would not take part in saving
-        self._save()
-        run.checkpoints.wait()
-      raise
+        self._run.pipeline.peek()
+    except Exception as error:
+      return error
+    return None
+
+  def _step(self) -> None:
+    run, ledger = self._run, self._run.ledger
+    batch, _ = next(run.pipeline)
     step = ledger.step + 1
     if self._profiler.starts(step):
       self._read()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -52,8 +54,11 @@ def problems(own: str) -> str:
     own: what is wrong in this one, or ''.
   """
   told = gather(own)
-  if len(told) == 1:
-    return own
+  return own if len(told) == 1 else _named(told)
+
+
+def _named(told: Sequence[str]) -> str:
+  """What the first few processes say that say anything."""
   named = [f"process {index}: {text}" for index, text in enumerate(told) if text]
   more = f"; {len(named) - NAMED} more" if len(named) > NAMED else ""
   return "; ".join(named[:NAMED]) + more
@@ -119,11 +124,25 @@ def _cut(array: jax.Array, start: jax.Array, *, size: int) -> jax.Array:
   return jax.lax.dynamic_slice_in_dim(array, start, size)
 
 
-class Agreement:
-  """Decides the same in every process: process 0's clock counts, and anybody's wish to stop.
+class Decision(NamedTuple):
+  """What all processes do next.
 
-  The messages go through the coordination service of `jax.distributed`. A collective on the devices
-  would do too, but wait for the step that was just dispatched.
+  Attributes:
+    share: what part of the run is over, by process 0's clock.
+    stop: whether all stop now.
+    problem: what is wrong in any process, in one line; '' where nothing is.
+  """
+
+  share: float
+  stop: bool
+  problem: str
+
+
+class Agreement:
+  """Decides the same in every process: process 0's clock counts, and anybody's wish or trouble.
+
+  The messages go through the coordination service of `jax.distributed`, while the devices work on
+  the step that was dispatched; a collective would wait for it.
   """
 
   _runs = itertools.count()  # the same in every process, as long as all make the same runs
@@ -131,33 +150,30 @@ class Agreement:
   def __init__(self) -> None:
     self._client = distributed.global_state.client if jax.process_count() > 1 else None
     self._prefix = f"regionjax/run{next(self._runs)}"
-    self._turn = 0
-    self._asked = False
+    self._turn = -1
 
-  def __call__(self, share: float, stop: bool) -> tuple[float, bool]:
-    """Called once per step by every process.
+  def __call__(self, share: float, stop: bool, problem: str = "") -> Decision:
+    """Called once per step by every process; returns when all have called it.
 
     Args:
       share: what part of the run is over, by this process's clock.
       stop: whether this process was asked to stop.
-
-    Returns:
-      (process 0's share, whether all stop now). A wish of another process is heard by process 0 in
-      the same turn or the next one.
+      problem: why it cannot make the next step, in one line, or ''.
     """
     if self._client is None:
-      return share, stop
-    if stop and not self._asked:
-      self._client.key_value_set(f"{self._prefix}/stop/{jax.process_index()}", "1")
-      self._asked = True
-    key = f"{self._prefix}/turn{self._turn}"
-    if jax.process_index() == 0:
-      stop = bool(self._client.key_value_dir_get(f"{self._prefix}/stop"))
-      self._client.key_value_set(key, f"{share!r} {int(stop)}")
-      if self._turn >= KEPT:
-        self._client.key_value_delete(f"{self._prefix}/turn{self._turn - KEPT}")
-      self._turn += 1
-      return share, stop
+      return Decision(share, stop, problem)
     self._turn += 1
-    told, stopping = self._client.blocking_key_value_get(key, PATIENCE_MS).split()
-    return float(told), stopping == "1"
+    turn = f"{self._prefix}/turn{self._turn}"
+    if jax.process_index() != 0:
+      self._client.key_value_set(f"{turn}/{jax.process_index()}", json.dumps([stop, problem]))
+      return Decision(*json.loads(self._client.blocking_key_value_get(turn, PATIENCE_MS)))
+    told = [(stop, problem)]
+    for index in range(1, jax.process_count()):
+      told.append(json.loads(self._client.blocking_key_value_get(f"{turn}/{index}", PATIENCE_MS)))
+    decision = Decision(share, any(t[0] for t in told), _named([t[1] for t in told]))
+    self._client.key_value_set(turn, json.dumps(decision))
+    if self._turn >= KEPT:
+      old = f"{self._prefix}/turn{self._turn - KEPT}"
+      self._client.key_value_delete(old)
+      self._client.key_value_delete(f"{old}/")
+    return decision

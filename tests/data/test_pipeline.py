@@ -251,6 +251,19 @@ def test_state_is_that_of_the_last_batch_handed_out(make):
   assert far.stats()["batches"] == 1
 
 
+def test_a_batch_that_was_only_looked_at_is_still_to_come(make):
+  seen, other = make(), make()
+  want = take(other, 3)
+  before = seen.get_state()
+  seen.peek()
+  seen.peek()
+  assert seen.get_state() == before
+  assert_same(take(seen, 1), want[:1])
+  seen.peek()
+  seen.set_state(before)
+  assert_same(take(seen, 3), want)
+
+
 def test_stats_report_the_padding(make):
   pipeline = make()
   batches = [batch for batch, _ in take(pipeline, 6)]

@@ -108,14 +108,14 @@ def test_what_led_to_a_checkpoint_is_stored_with_it(micro, tmp_path, monkeypatch
 def test_bad_data_in_the_middle_loses_nothing(micro, tmp_path, monkeypatch):
   from regionjax.data.pipeline import Pipeline
 
-  real = Pipeline.__next__
+  real = Pipeline.peek
 
   def breaks(self):
     if self.stats()["batches"] == 3:
       raise DataError("image 7 is truncated")
-    return real(self)
+    real(self)
 
-  monkeypatch.setattr(Pipeline, "__next__", breaks)
+  monkeypatch.setattr(Pipeline, "peek", breaks)
   with pytest.raises(DataError, match="image 7"):
     run(micro, tmp_path)
   assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]

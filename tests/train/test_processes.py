@@ -62,6 +62,8 @@ def two(config, tmp_path_factory):
     "another folder": Job(config, folder / "b", others={1: {"workdir": folder / "c"}}),
     "stopped": Job(config, folder / "run", stop=(1, 2)),
     "resumed": Job(config, folder / "run", unreadable=1),
+    "broken": Job(with_train(config, save_every=0), folder / "d", broken=(1, 3)),
+    "mended": Job(with_train(config, save_every=0), folder / "d"),
   }
   results = start(list(jobs.values()), 2, folder / "processes")
   return dict(zip(jobs, results)), folder
@@ -100,6 +102,20 @@ def test_a_checkpoint_that_one_process_cannot_read_is_used_by_none(two):
   assert said in text and f"using step {last - 1}" in text
   assert f"going on from step {last - 1}" in text
   assert (folder / "run" / "damaged" / str(last)).is_dir()
+
+
+def test_images_that_one_process_cannot_read_end_all_when_they_have_saved(alone, two):
+  """Process 0 had the batch already, which another one had not: it is drawn again."""
+  broken, after = two[0]["broken"], two[0]["mended"]
+  assert broken.errors == [
+    "ElsewhereError: process 1: image 7 is truncated", "DataError: image 7 is truncated"
+  ]  # fmt: skip
+  assert list(broken.rows) == [1, 2] and list(after.rows) == [3, 4]
+  assert "going on from step 2" in after.text
+  check_same(
+    dataclasses.replace(after, rows=broken.rows | after.rows, losses=broken.losses | after.losses),
+    alone,
+  )
 
 
 def test_processes_of_different_configs_all_refuse(two):
