@@ -1,6 +1,6 @@
 """The text-only half of the pipeline: draw, template, tokenise, pack.
 
-A stream's position is one small value: the next draw index, the draw indices that wait in open
+A stream's position is one small value: its next turn to draw, the draw indices that wait in open
 rows, and the counters of the report. Nothing else is remembered; what waits in open rows is drawn
 and tokenised again when a state is restored. `shards` makes global batches of one or more streams.
 """
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # So many draws in a row without one that fits a row: the limits are wrong, not the examples.
 HOPELESS = 1000
+_64_BITS = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +127,23 @@ def row_capacity(config: Config) -> Size:
   return Size(data.tokens_per_row, data.images_per_row, data.regions_per_row)
 
 
+def draw_index(turn: int, shard: int, shards: int) -> int:
+  """Which draw is a shard's next one in its `turn`-th turn; each is one shard's.
+
+  A turn goes over as many draws as there are shards, from another shard on each time. In a fixed
+  order a mixture that repeats itself every few draws would give a shard the same sources always,
+  and sources of long examples less than their weight, as their shards take more turns for a row.
+  """
+  if shards == 1:
+    return turn
+  x = (turn + 1) * 0x9E3779B97F4A7C15 & _64_BITS  # splitmix64
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+  x = (x ^ x >> 27) * 0x94D049BB133111EB & _64_BITS
+  return turn * shards + (shard + (x ^ x >> 31)) % shards
+
+
 class RowStream:
   """The endless rows of one shard of the global batches, still without pixels.
-
-  Of `config.data.shards` shards the k-th takes every such draw from the k-th on.
 
   Args:
     mixture: where draws come from.
@@ -151,9 +165,10 @@ class RowStream:
     self._mixture = mixture
     self._renderer = renderer
     self._config = config
-    self._rows = config.data.rows // config.data.shards
+    self._shard, self._shards = shard, config.data.shards
+    self._rows = config.data.rows // self._shards
     self._packer: FirstFit[Item] = FirstFit(row_capacity(config), config.data.packing_bins)
-    self._next = shard
+    self._turn = 0
     self._counts: collections.Counter[str] = collections.Counter()
     self._warned: set[str] = set() if warned is None else warned
 
@@ -166,8 +181,8 @@ class RowStream:
     rows: list[list[Item]] = []
     misses = 0
     while len(rows) < self._rows:
-      draw = self._mixture[self._next]
-      self._next += self._config.data.shards
+      draw = self._mixture[draw_index(self._turn, self._shard, self._shards)]
+      self._turn += 1
       try:
         item = encode_draw(draw, self._renderer, self._config)
       except Rejected as rejected:
@@ -189,7 +204,7 @@ class RowStream:
   def state(self) -> dict[str, Any]:
     """The position after the last rows; JSON-able, a copy."""
     return {
-      "next": self._next,
+      "turn": self._turn,
       "open": [[item.draw.index for item in row.items] for row in self._packer.open],
       "counts": dict(self._counts),
     }
@@ -210,7 +225,7 @@ class RowStream:
         ) from rejected
       rows.append([(item, item.size) for item in items])
     self._packer.restore(rows)
-    self._next = int(state["next"])
+    self._turn = int(state["turn"])
     self._counts = collections.Counter(state["counts"])
 
   def _count(self, row: OpenRow[Item]) -> None:

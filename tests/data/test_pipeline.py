@@ -21,6 +21,7 @@ from regionjax.data.pipeline import (
 )
 from regionjax.data.shards import merge_states
 from regionjax.data.sources import load_image
+from regionjax.data.stream import draw_index
 
 
 @pytest.mark.parametrize("kind", ["pool", "text", "none", "pyramid+text"])
@@ -109,15 +110,29 @@ def test_hosts_share_the_same_global_batches(shards, make):
                    np.arange(4).reshape(hosts, -1)]  # fmt: skip
 
 
-def test_shards_share_the_draws_out(make):
-  pipeline = make(shards=4)
-  take(pipeline, 6)
-  state = pipeline.get_state()
-  for shard, one in state["shards"].items():
+@pytest.mark.parametrize("shards", [1, 4, 64])
+def test_every_draw_is_one_shard_s(shards):
+  turns = [sorted(draw_index(t, s, shards) for s in range(shards)) for t in range(100)]
+  assert np.concatenate(turns).tolist() == list(range(100 * shards))
+  for period in (2, 3, 5, 7, 13) if shards > 1 else ():  # of a mixture
+    places = [[draw_index(t, s, shards) % period for t in range(2000)] for s in (0, 1, shards - 1)]
+    for taken in places:
+      share = np.bincount(taken, minlength=period) / 2000
+      assert abs(share * period - 1).max() < 0.3
+
+
+def test_shards_share_the_draws_out(make, pictures):
+  both = (SourceConfig("pictures"), SourceConfig("pictures"))
+  pipeline = make(shards=4, sources=both, given=[Pictures(pictures, 50)] * 2)
+  take(pipeline, 12)
+  for shard, one in pipeline.get_state()["shards"].items():
     used = one["counts"]["examples"] + sum(map(len, one["open"]))
-    assert one["next"] == int(shard) + 4 * used  # each fourth draw, none left out
-    assert all(index % 4 == int(shard) for row in one["open"] for index in row)
-  assert pipeline.stats()["batches"] == 6 and pipeline.stats()["rows"] == 24
+    assert one["turn"] == used
+    drawn = {draw_index(t, int(shard), 4) for t in range(used)}
+    assert drawn >= {index for row in one["open"] for index in row}
+    odd = np.mean([index % 2 for index in drawn])  # the second source
+    assert 0.2 < odd < 0.8
+  assert pipeline.stats()["batches"] == 12 and pipeline.stats()["rows"] == 48
 
 
 def test_with_shards_a_host_writes_down_its_own_text_alone(make, monkeypatch):
@@ -151,7 +166,7 @@ def test_resume_after_any_batch_on_other_numbers_of_hosts(shards, make):
   for _ in range(10):
     want.append(next(whole))
     states.append(json.dumps(whole.get_state()))
-  assert all(one["next"] > 5 * 13 for one in json.loads(states[-1])["shards"].values())
+  assert all(one["turn"] > 5 * 13 // shards for one in json.loads(states[-1])["shards"].values())
   for done, hosts in ((0, 2), (1, 4), (4, 1), (7, 2), (9, 4)):
     parts = [make(host=h, hosts=hosts) for h in range(hosts)]
     for part in parts:
