@@ -237,7 +237,9 @@ def check(config: Config, mesh: Mesh, tokenizer: Any) -> None:
 
 def data_state(run: Run) -> dict[str, Any]:
   """Where the data stands, of all processes' shards; all must come here."""
-  return merge_states(map(json.loads, gather(json.dumps(run.pipeline.get_state()))))
+  own = run.pipeline.get_state()
+  shards = map(json.loads, gather(json.dumps(own["shards"])))
+  return merge_states(own | {"shards": each} for each in shards)
 
 
 def record(run: Run) -> dict[str, Any]:

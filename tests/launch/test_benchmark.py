@@ -90,7 +90,8 @@ def test_photographs_are_counted_per_core_and_against_a_pod(tmp_path):
   rate = 1e3 * rows[0]["images"] / rows[0]["ours_ms"]
   assert f"{80 / rate:.2f} of 112 for decoding with 4 chips" in result.stdout
   text = 1e3 * rows[2]["images"] / rows[2]["ours_ms"]
-  assert f"{80 / text:.2f} of the one thread" in result.stdout
+  told = f"{80 / text:.2f} of its one thread with data.shards=1; with a shard a host"
+  assert f"{told} {80 / text:.3f} with 4 chips" in result.stdout
 
 
 @pytest.mark.slow

@@ -173,7 +173,10 @@ def test_a_model_without_images_or_regions_reads_text():
   assert relative(logits, apply(text, text_params, batch)) < 1e-6
 
 
-@pytest.mark.parametrize("kind, connector", [("pool", "linear"), ("pyramid", "mlp")])
+@pytest.mark.parametrize(
+  "kind, connector",
+  [pytest.param("pool", "linear", marks=pytest.mark.slow), ("pyramid", "mlp")],
+)
 def test_prefill_in_pieces_and_decode_equal_the_forward_pass(kind, connector):
   model, params = model_and_params(kind, connector)
   parts = [segment(0, images=2, regions=2), segment(3, images=1, regions=1)]

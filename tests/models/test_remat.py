@@ -102,7 +102,7 @@ def gradients(policy):
 
 @pytest.mark.parametrize(
   "policy",
-  [p if p in ("attention", "mlp") else pytest.param(p, marks=pytest.mark.slow)
+  [p if p == "mlp" else pytest.param(p, marks=pytest.mark.slow)
    for p in REMAT_POLICIES if p != "none"],
 )  # fmt: skip
 def test_gradients_are_those_of_no_remat(policy):
