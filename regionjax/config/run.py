@@ -45,7 +45,7 @@ class DataConfig:
   images_per_row: int = 2
   regions_per_row: int = 24
   packing_bins: int = 8  # rows that stay open at once, of each shard
-  shards: int = 1  # parts of the global batch that are packed apart: see data.shards
+  shards: int = 1  # parts of the global batch that are packed apart: regionjax/data/shards.py
   workers: int = 0  # processes that decode images; 0 decodes in the training process
   prefetch: int = 4  # batches decoded ahead
   seed: int = 0

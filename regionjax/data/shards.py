@@ -4,9 +4,9 @@ The rows of every global batch are split into `data.shards` equal runs, and each
 packed by a `RowStream` of its own. A host runs the streams whose rows it holds: with one shard all
 hosts do the same work over all rows, with as many shards as hosts each does its own. The batches
 depend on the number of shards and not on that of hosts, so a run goes on with the same batches on
-any number of hosts. One thread writes down one to two thousand examples a second, which is what 256
-chips of v5e take; a shard holds `data.packing_bins` rows open, and shards drift apart in an epoch
-by as much as their examples differ in length.
+any number of hosts. One thread writes down one to two thousand examples a second, and 256 chips of
+v5e take 1,900 (`launch/benchmark.py --only input --compiled`). A shard holds `data.packing_bins`
+rows open, and shards drift apart in an epoch by as much as their examples differ in length.
 """
 
 from __future__ import annotations
